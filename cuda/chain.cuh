@@ -1,0 +1,58 @@
+// A chain is a list of types, one a stage. Its backward is the recursion forward on the way down, backward on the way
+// up, so that every intermediate stays in a register.
+//
+//     Chain<With<stage::add, Operand<1>>, Only<stage::silu>, With<stage::mul, Number<number(2.0)>>>
+#pragma once
+#include "stages.cuh"
+
+namespace dualop {
+
+// What an operand stage takes: input number `index` (0 is x), or a number. `in` are all inputs at one element.
+template <int index> struct Operand {
+    template <class T> DUALOP_FUN static T get(const T* in) { return in[index]; }
+    template <class T> DUALOP_FUN static void give(T* gradients, T g) { gradients[index] += g; }
+};
+template <number_bits bits> struct Number {
+    template <class T> DUALOP_FUN static T get(const T*) { return value<T>(bits); }
+    template <class T> DUALOP_FUN static void give(T*, T) {}
+};
+
+// A stage as the recursion sees it.
+template <class Stage> struct Only {
+    template <int bits, class T> DUALOP_FUN static T forward(T z, const T*) { return Stage::template forward<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy, const T*, T*) {
+        return Stage::template backward<bits>(z, gy);
+    }
+};
+template <class Stage, class Source> struct With {
+    template <int bits, class T> DUALOP_FUN static T forward(T z, const T* in) {
+        return Stage::template forward<bits>(z, Source::get(in));
+    }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy, const T* in, T* gradients) {
+        T gb;
+        const T gz = Stage::template backward<bits>(z, Source::get(in), gy, gb);
+        Source::give(gradients, gb);
+        return gz;
+    }
+};
+
+template <class... Stages> struct Chain;
+
+template <> struct Chain<> {
+    template <int bits, class T> DUALOP_FUN static T forward(T z, const T*) { return z; }
+    template <int bits, class T> DUALOP_FUN static T backward(T, T gy, const T*, T*) { return gy; }
+};
+
+template <class First, class... Rest> struct Chain<First, Rest...> {
+    template <int bits, class T> DUALOP_FUN static T forward(T z, const T* in) {
+        return Chain<Rest...>::template forward<bits>(First::template forward<bits>(z, in), in);
+    }
+    // Returns the gradient of z and adds those of the operands to `gradients`.
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy, const T* in, T* gradients) {
+        const T y = First::template forward<bits>(z, in);
+        const T gz = Chain<Rest...>::template backward<bits>(y, gy, in, gradients);
+        return First::template backward<bits>(z, gz, in, gradients);
+    }
+};
+
+}  // namespace dualop

@@ -1,0 +1,47 @@
+// What a compiled library exports: two launchers with C linkage, called with one block of 8-byte words.
+#pragma once
+#include "kernels.cuh"
+
+namespace dualop {
+
+template <class P> struct Launch {
+    index_t vector;  // 1: 16-byte accesses, which need aligned rows; 0: an element at a time
+    index_t blocks, block_x, block_y;
+    void* stream;
+    Arguments<P::inputs> arguments;
+
+    dim3 block() const { return dim3(static_cast<unsigned>(block_x), static_cast<unsigned>(block_y)); }
+    dim3 grid() const { return dim3(static_cast<unsigned>(blocks)); }
+
+    int forward() const {
+        if (vector) launch(forward_kernel<P, P::wide>, grid(), block(), stream, arguments);
+        else launch(forward_kernel<P, 1>, grid(), block(), stream, arguments);
+        return last_error();
+    }
+
+    int backward() const {
+        if (vector) launch(backward_kernel<P, P::wide>, grid(), block(), stream, arguments);
+        else launch(backward_kernel<P, 1>, grid(), block(), stream, arguments);
+        if (int error = last_error()) return error;
+        index_t sums = 0;
+        for (const View& view : arguments.in) {
+            const index_t needed = view.sum ? (view.kept * view.columns + SUM_X - 1) / SUM_X : 0;
+            sums = needed > sums ? needed : sums;
+        }
+        if (sums == 0) return 0;
+        launch(sum_kernel<P>, dim3(static_cast<unsigned>(sums), P::inputs), dim3(SUM_X, SUM_Y), stream, arguments);
+        return last_error();
+    }
+};
+
+}  // namespace dualop
+
+// Each returns 0 or a cudaError_t.
+#define DUALOP_LIBRARY(PROBLEM)                                                                                          \
+    DUALOP_EXPORT int dualop_forward(const void* words) {                                                                \
+        return static_cast<const dualop::Launch<PROBLEM>*>(words)->forward();                                            \
+    }                                                                                                                    \
+    DUALOP_EXPORT int dualop_backward(const void* words) {                                                               \
+        return static_cast<const dualop::Launch<PROBLEM>*>(words)->backward();                                           \
+    }                                                                                                                    \
+    DUALOP_EXPORT const char* dualop_error_text(int error) { return dualop::error_text(error); }

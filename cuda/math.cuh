@@ -1,0 +1,80 @@
+// The functions that stages are made of, each as accurate as a result of `bits` significant bits needs it.
+// triton_kernels/math.py has the same functions in the same order.
+//
+// 16-bit results (bits <= 11) use the GPU's approximate instructions: ex2, lg2 and rcp are good to about 2^-22, and
+// tanh.approx to 2^-11, so that one serves bfloat16 only. Where a formula would cancel near zero, a short series takes
+// over. float32 and float64 results use CUDA's own functions (1 to 4 ulp).
+#pragma once
+#include "types.cuh"
+
+namespace dualop::math {
+
+constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
+constexpr double sqrt_half = 0.7071067811865476, inverse_sqrt_2pi = 0.3989422804014327;
+
+template <int bits> constexpr bool lean = bits <= 11;
+
+template <int bits, class T> DUALOP_FUN T rcp(T z) {
+    if constexpr (bits == 53) return 1.0 / z;
+    else return rcp_approx(z);
+}
+
+template <int bits, class T> DUALOP_FUN T exp(T z) {
+    if constexpr (bits == 53) return ::exp(z);
+    else if constexpr (lean<bits>) return ex2_approx(z * static_cast<float>(log2_e));
+    else return ::expf(z);
+}
+
+// exp(z) - 1
+template <int bits, class T> DUALOP_FUN T expm1(T z) {
+    if constexpr (bits == 53) return ::expm1(z);
+    else if constexpr (!lean<bits>) return ::expm1f(z);
+    else {
+        const float series = z + z * z * (0.5f + z * (1.0f / 6 + z * (1.0f / 24 + z * (1.0f / 120))));
+        return ::fabsf(z) < 0.25f ? series : exp<bits>(z) - 1.0f;
+    }
+}
+
+// log(1 + z) for z >= 0
+template <int bits, class T> DUALOP_FUN T log1p(T z) {
+    if constexpr (bits == 53) return ::log1p(z);
+    else if constexpr (!lean<bits>) return ::log1pf(z);
+    else return z < 0.01f ? z - 0.5f * z * z : lg2_approx(1.0f + z) * static_cast<float>(ln_2);
+}
+
+template <int bits, class T> DUALOP_FUN T sigmoid(T z) { return rcp<bits>(T(1) + exp<bits>(-z)); }
+
+template <int bits, class T> DUALOP_FUN T tanh(T z) {
+    if constexpr (bits == 53) return ::tanh(z);
+    else if constexpr (bits == 8) return tanh_approx(z);
+    else if constexpr (!lean<bits>) return ::tanhf(z);
+    else {
+        const float z2 = z * z, series = z + z * z2 * (-1.0f / 3 + z2 * (2.0f / 15 + z2 * (-17.0f / 315)));
+        const float far = 1.0f - 2.0f * rcp<bits>(1.0f + exp<bits>(2.0f * ::fabsf(z)));
+        return ::fabsf(z) < 0.25f ? series : ::copysignf(far, z);
+    }
+}
+
+// 1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not.
+template <int bits, class T> DUALOP_FUN T sech2(T z) {
+    const T e = exp<bits>(T(-2) * ::fabs(z)), r = rcp<bits>(T(1) + e);
+    return T(4) * e * r * r;
+}
+
+// The density of the normal distribution.
+template <int bits, class T> DUALOP_FUN T normpdf(T z) { return T(inverse_sqrt_2pi) * exp<bits>(T(-0.5) * z * z); }
+
+// The distribution function of the normal distribution, (1 + erf(z / sqrt(2))) / 2. The lean form is Abramowitz and
+// Stegun's 7.1.26 for erfc(|z| / sqrt(2)), off by at most 1.5e-7.
+template <int bits, class T> DUALOP_FUN T normcdf(T z) {
+    if constexpr (bits == 53) return 0.5 * ::erfc(-z * sqrt_half);
+    else if constexpr (!lean<bits>) return 0.5f * ::erfcf(-z * static_cast<float>(sqrt_half));
+    else {
+        const float t = rcp<bits>(1.0f + 0.3275911f * static_cast<float>(sqrt_half) * ::fabsf(z));
+        const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+        const float tail = 0.5f * p * exp<bits>(-0.5f * z * z);
+        return z < 0.0f ? tail : 1.0f - tail;
+    }
+}
+
+}  // namespace dualop::math

@@ -1,0 +1,57 @@
+"""dualop: fused add + activation chains for PyTorch, on a CUDA C++ or an equivalent Triton kernel.
+
+    op = dualop.chain("add | swish | tanh | gelu | hardtanh(-1, 1)")
+    y = op(x, bias)
+
+Names are loaded on first use, so that `dualop --help` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a checkout the kernels' folders lie beside this package; in a wheel they lie inside it.
+_checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_checkout, "pyproject.toml")) and os.path.isdir(os.path.join(_checkout, "cuda")):
+    __path__.append(_checkout)
+
+_HOME = {
+    "chain": "dualop.chain",
+    "Chain": "dualop.chain",
+    "reference": "dualop.backends.reference",
+    "explain": "dualop.registry",
+    "set_backend": "dualop.registry",
+    "use_backend": "dualop.registry",
+}
+_MODULES = ("autograd", "backends", "check", "errors", "registry", "stages")
+
+__all__ = [*_HOME, "errors", "stages"]
+
+if TYPE_CHECKING:
+    from dualop import errors as errors
+    from dualop import stages as stages
+    from dualop.backends.reference import reference as reference
+    from dualop.chain import Chain as Chain
+    from dualop.chain import chain as chain
+    from dualop.registry import explain as explain
+    from dualop.registry import set_backend as set_backend
+    from dualop.registry import use_backend as use_backend
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"dualop.{name}")
+    else:
+        raise AttributeError(f"module 'dualop' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,274 @@
+"""The CUDA backend: a chain's kernels from `cuda/`, compiled by load_inline, called through ctypes.
+
+A library is compiled for a chain, the result's dtype and the inputs' dtypes and kinds (dualop/layout.py). Its launchers
+take one block of 8-byte words, laid out as `Launch` in cuda/library.cuh.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualop import build
+from dualop.backends.mode import CPU_REASON, INTERPRET
+from dualop.chain import Chain, parse
+from dualop.errors import BackendUnavailable
+from dualop.launch import Grid, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.layout import COLUMN, FULL, ROW, WRAP, Layout, device_of, layout
+from dualop.sources import cuda_header
+
+C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
+THREADS, UNROLL = 256, 4  # as in cuda/view.cuh
+PROGRAMS_PER_SM = 8
+
+Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...]]
+
+
+def source(chain: Chain, signature: Signature, host: bool) -> str:
+    """The whole text that is compiled: the kernels, the chain as a type, and the exported launchers."""
+    dtype, inputs = signature
+    stages = ",\n    ".join(_stage(call, chain) for call in chain.calls)
+    kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
+    return (
+        f"{cuda_header('library.cuh', host)}\n// {chain}\nnamespace dualop {{\nusing TheChain = Chain<\n    {stages}>;\n"
+        f"using TheProblem = Problem<TheChain, {C_TYPES[dtype]}{kinds}>;\n}}\nDUALOP_LIBRARY(dualop::TheProblem)\n"
+    )
+
+
+def _stage(call: Any, chain: Chain) -> str:
+    if call.stage.operand:
+        operand = call.operand
+        if isinstance(operand, str):
+            taken = f"Operand<{0 if operand == 'x' else chain.operands.index(operand) + 1}>"
+        else:
+            taken = f"Number<{_number(operand)}>"
+        return f"With<stage::{call.stage.name}, {taken}>"
+    name, constants = call.stage.kernel(*call.arguments)
+    parameters = f"<{', '.join(map(_number, constants))}>" if constants else ""
+    return f"Only<stage::{name}{parameters}>"
+
+
+def _number(value: float) -> str:
+    """The double exactly: hexadecimal, or what the compiler has for infinity."""
+    if value in (float("inf"), float("-inf")):
+        return f"number({'-' if value < 0 else ''}__builtin_huge_val())"
+    return f"number({value.hex()})"
+
+
+def _kind(kind: int) -> str:
+    names = ("FULL",) if kind & FULL == FULL else tuple(n for n, b in (("COLUMN", COLUMN), ("ROW", ROW)) if kind & b)
+    return " | ".join((*names, *(("WRAP",) if kind & WRAP else ()))) or "0"
+
+
+def _build(chain: Chain, signature: Signature, host: bool) -> build.Build:
+    return build.Build("host" if host else "cuda", source(chain, signature, host), host)
+
+
+def _signature(view: Layout, tensors: Iterable[Tensor]) -> Signature:
+    return view.dtype, tuple((t.dtype, v.kind) for t, v in zip(tensors, view.views, strict=True))
+
+
+def prepare(calls: Iterable[tuple[Chain, Tensor, Sequence[Tensor]]], progress: Any = None) -> None:
+    """Build the libraries of many calls at once, in as many processes as there are cores.
+
+    `progress(done, total)` is called after each. Raises the first build's error after all have ended.
+    """
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    wanted = {}
+    for chain, x, operands in calls:
+        signature = _signature(layout(x, operands), (x, *operands))
+        wanted[chain.text, signature, device_of(x, operands).type == "cpu"] = None
+    missing = [w for w in wanted if _build(parse(w[0]), w[1], w[2]).try_load() is None]
+    if not missing:
+        return
+    with ProcessPoolExecutor(min(len(missing), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_build_in_process, _build(parse(text), s, host)) for text, s, host in missing]
+        for done, future in enumerate(as_completed(futures), 1):
+            if progress:
+                progress(done, len(missing))
+    for future in futures:
+        future.result()
+
+
+def _build_in_process(wanted: build.Build) -> None:
+    wanted.build()
+
+
+@dataclass
+class Plan:
+    """All of a call that its tensors' addresses do not change."""
+
+    library: ctypes.CDLL
+    view: Layout
+    wide: int
+    fixed: dict[tuple[bool, bool], tuple[Grid, tuple[int, int, int]]] = field(default_factory=dict)
+
+    def grid(self, backward: bool, vector: bool, device: torch.device) -> tuple[Grid, tuple[int, int, int]]:
+        """The grid and (programs, block.x, block.y)."""
+        known = self.fixed.get((backward, vector))
+        if known is None:
+            width = self.wide if vector else 1
+            x = min(THREADS, power_of_two(-(-self.view.cols // width)))
+            y = THREADS // x
+            tile = (y * UNROLL, x * width)
+            if backward:
+                grid = backward_grid(self.view, *tile, PROGRAMS_PER_SM * multiprocessors(device))
+            else:
+                grid = forward_grid(self.view, *tile)
+            known = self.fixed[backward, vector] = grid, (grid.programs, x, y)
+        return known
+
+
+@lru_cache(maxsize=1024)
+def _plan(chain: Chain, view: Layout, dtypes: tuple[torch.dtype, ...], host: bool) -> Plan:
+    signature = view.dtype, tuple((t, v.kind) for t, v in zip(dtypes, view.views, strict=True))
+    library = _build(chain, signature, host).load()
+    for launcher in (library.dualop_forward, library.dualop_backward):
+        launcher.argtypes, launcher.restype = [ctypes.c_char_p], ctypes.c_int
+    library.dualop_error_text.argtypes, library.dualop_error_text.restype = [ctypes.c_int], ctypes.c_char_p
+    return Plan(library, view, 16 // view.dtype.itemsize)
+
+
+class Cuda:
+    """CUDA C++ kernels on a GPU, or with DUALOP_INTERPRET=1 the same kernels on CPU tensors."""
+
+    name = "cuda"
+
+    @property
+    def interpreted(self) -> bool:
+        return INTERPRET
+
+    def environment(self) -> list[str]:
+        return _environment()
+
+    def reasons(self, chain: Chain, device: torch.device) -> list[str]:
+        if device.type == "cpu":
+            return (_compilers(True) or []) if INTERPRET else [CPU_REASON]
+        if device.type != "cuda":
+            return [f"has no kernels for {device.type} tensors"]
+        return [] if not (missing := _compilers(False)) else missing
+
+    def source(self, chain: Chain) -> str:
+        return source(chain, (torch.float32, _plain_inputs(chain)), host=False)
+
+    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        tensors, device = (x, *operands), device_of(x, operands)
+        view = layout(x, operands)
+        y = view.output(device)
+        if view.total:
+            inputs = _readable(view, tensors, device)
+            plan = _plan(chain, view, tuple(t.dtype for t in tensors), device.type == "cpu")
+            vector = _aligned(view, plan.wide, (y, *inputs))
+            _launch(plan, False, vector, device, y.data_ptr(), 0, _words(view, inputs))
+        return y
+
+    def backward(
+        self, chain: Chain, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        tensors, device = (x, *operands), device_of(x, operands)
+        view = layout(x, operands)
+        if not view.total:
+            return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
+        inputs = _readable(view, tensors, device)
+        if gy.stride() != view.strides or gy.dtype != view.dtype:
+            gy = view.output(device).copy_(gy)
+        plan = _plan(chain, view, tuple(t.dtype for t in tensors), device.type == "cpu")
+        gradients = [
+            view.gradient(i, t, device) if need and not v.expanded else None
+            for i, (t, need, v) in enumerate(zip(tensors, needs, view.views, strict=True))
+        ]
+        vector = _aligned(view, plan.wide, (gy, *inputs))
+        grid, _ = plan.grid(True, vector, device)
+        partials = [
+            view.partial(i, grid.row_programs, grid.col_programs, device) if need and v.reduced else None
+            for i, (need, v) in enumerate(zip(needs, view.views, strict=True))
+        ]
+        words: list[int] = []
+        for i, tensor in enumerate(inputs):
+            v, gradient, partial = view.views[i], gradients[i], partials[i]
+            written = partial if partial is not None else gradient
+            summed = gradient if partial is not None else None
+            shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs) if v.reduced else (0, 0, 0, 0)
+            words += (tensor.data_ptr(), v.div, v.mod, v.row_stride, _address(written), _address(summed), *shape)
+        _launch(plan, True, vector, device, 0, gy.data_ptr(), words)
+        for i, v in enumerate(view.views):
+            if needs[i] and v.expanded:
+                gradients[i] = view.sum_expanded(partials[i], tensors[i])
+        return [g.to(t.device) for g, t in zip(gradients, tensors, strict=True) if g is not None]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _plain_inputs(chain: Chain) -> tuple[tuple[torch.dtype, int], ...]:
+    return ((torch.float32, FULL), *[(torch.float32, COLUMN)] * len(chain.operands))
+
+
+def _readable(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    return [view.readable(i, t if t.device == device else t.to(device)) for i, t in enumerate(tensors)]
+
+
+def _words(view: Layout, inputs: Sequence[Tensor]) -> list[int]:
+    words: list[int] = []
+    for v, tensor in zip(view.views, inputs, strict=True):
+        words += (tensor.data_ptr(), v.div, v.mod, v.row_stride, 0, 0, 0, 0, 0, 0)
+    return words
+
+
+def _aligned(view: Layout, wide: int, tensors: Sequence[Tensor]) -> bool:
+    """Whether every access of `wide` elements is aligned: at the rows' starts, so everywhere."""
+    if view.cols % wide:
+        return False
+    for tensor in tensors:
+        if tensor.data_ptr() % 16:
+            return False
+    return all(v.row_stride % wide == 0 for v in view.views if v.kind & FULL == FULL)
+
+
+def _launch(plan: Plan, backward: bool, vector: bool, device: torch.device, y: int, gy: int, inputs: list[int]) -> None:
+    view = plan.view
+    grid, blocks = plan.grid(backward, vector, device)
+    on_gpu = device.type == "cuda"
+    guard = torch.cuda.device(device) if on_gpu and torch.cuda.current_device() != device.index else nullcontext()
+    with guard:
+        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+        head = (int(vector), *blocks, stream, view.rows, view.cols, view.total)
+        walk = (grid.col_programs, grid.steps, grid.row_step, grid.col_step, y, gy)
+        words = struct.pack(f"={13 + 1 + len(inputs)}q", *head, *walk, *inputs)
+        error = (plan.library.dualop_backward if backward else plan.library.dualop_forward)(words)
+    if error:
+        text = plan.library.dualop_error_text(error).decode()
+        raise BackendUnavailable(f"the CUDA kernel could not be launched on {device}: {text}")
+
+
+@lru_cache(maxsize=2)
+def _compilers(host: bool) -> list[str]:
+    """What is missing to build; empty also where libraries may lie in the cache, since loading needs no compiler."""
+    missing = []
+    if build.find_cxx() is None:
+        missing.append("no C++ compiler: install g++")
+    if build.find_ninja() is None:
+        missing.append("no ninja: pip install ninja")
+    if not host and build.cuda_home() is None:
+        missing.append("no nvcc: install the CUDA toolkit, or set CUDA_HOME to the folder that has bin/nvcc")
+    return missing
+
+
+def _environment() -> list[str]:
+    if INTERPRET:
+        return _compilers(True)
+    if not torch.cuda.is_available():
+        return ["no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels on CPU tensors", *_compilers(False)]
+    return _compilers(False)

@@ -1,0 +1,67 @@
+"""The reference backend: each stage by its torch function, on any device. It defines what correct is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from dualop.chain import Chain
+
+
+def evaluate(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    """The stages one after the other in the tensors' own dtypes, as a user would write them. Differentiable."""
+    values = dict(zip(chain.operands, operands, strict=True), x=x)
+    z = x
+    for call in chain.calls:
+        arguments = [values[call.operand]] if isinstance(call.operand, str) else call.arguments
+        z = call.stage.reference(z, *arguments)
+    return z
+
+
+def result_dtype(x: Tensor, operands: Sequence[Tensor]) -> torch.dtype:
+    """What torch promotes `x + operand + ...` to."""
+    empty = [torch.empty([0] * min(t.dim(), 1), dtype=t.dtype, device="meta") for t in (x, *operands)]
+    return reduce(torch.result_type, empty[1:], empty[0]) if len(empty) == 1 else sum(empty[1:], empty[0]).dtype
+
+
+def reference(chain: Chain, x: Tensor, operands: Sequence[Tensor] = ()) -> Tensor:
+    """The chain in float32 (float64 if the result is float64), rounded once to the promoted dtype. Differentiable."""
+    dtype = result_dtype(x, operands)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    y = evaluate(chain, x.to(wide), [t.to(wide) for t in operands]).to(dtype)
+    return y.clone() if y is x else y
+
+
+class Reference:
+    """Runs everywhere, as fast as torch's own functions."""
+
+    name = "reference"
+    interpreted = False
+
+    def environment(self) -> list[str]:
+        return []
+
+    def reasons(self, chain: Chain, device: torch.device) -> list[str]:
+        return []
+
+    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return reference(chain, x, operands)
+
+    def backward(
+        self, chain: Chain, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *operands), needs, strict=True)]
+            wanted = [t for t in inputs if t.requires_grad]
+            y = reference(chain, inputs[0], inputs[1:])
+            return list(torch.autograd.grad(y, wanted, gy, materialize_grads=True))
+
+    def source(self, chain: Chain) -> str:
+        """The chain as a line of Python a stage."""
+        lines = [f"def forward({', '.join(('x', *chain.operands))}):", "    z = x"]
+        lines += [f"    z = {call.stage.name}(z{''.join(f', {a}' for a in call.arguments)})" for call in chain.calls]
+        return "\n".join([*lines, "    return z"]) + "\n"

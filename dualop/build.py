@@ -1,0 +1,349 @@
+"""Kernel source text in, loaded shared library out: torch's `load_inline` made safe and cached on disk.
+
+    Build("chain", source, host=False, arch=(9, 0)).load()  ->  ctypes.CDLL
+
+Alone, `load_inline` hangs for ever after a killed build, gives one process the library of another that chose the same
+name, forgets what the compiler said, and builds no CUDA library beside a CPU-only torch. Here
+
+- a library's folder is named by a hash of all that it depends on, so that two different ones never meet;
+- one build of it runs at a time, under a lock that the kernel releases when its holder dies;
+- a build runs in a folder of its own and its library is renamed into place when it is whole;
+- a library that lies on disk is loaded without a compiler, a subprocess, or `torch.utils.cpp_extension`.
+
+Layout of the cache: `PREFIX_CONTENT_COMPILER/` with the library, `source.cu` or `source.cpp`, `build.log` (registers
+and spills of every kernel, or the errors) and `lock`. Any of these folders may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dualop.errors import BackendUnavailable, BuildError
+
+# Without -fno-gnu-unique the static (shared) storage of one kernel template would be one object in all libraries.
+HOST_FLAGS = ("-O2", "-std=c++17", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique")
+CUDA_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v")
+# load_inline links against torch, which the kernels do not use: --as-needed drops it, so that no library depends on it.
+LINK_FLAGS = ("-Wl,--as-needed", "-Wl,--no-undefined", "-Wl,-Bsymbolic")
+
+# Variables that change what a compiler does.
+VARIABLES = ("CC", "CXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "CPLUS_INCLUDE_PATH")
+
+USUAL_CUDA = "/usr/local/cuda"
+EMPTY_ARCHIVE = b"!<arch>\n"
+
+# g++ "f.cpp:3:5: error: ...", nvcc "f.cu(3): error: ...", "nvcc fatal   : ...", "ptxas error   : ...", the linker's.
+_ERROR = re.compile(r"\b(?:fatal )?error\b[^:=/]{0,12}:|\bfatal\s*:|undefined reference|cannot find -l|No space left")
+
+_one_in_this_process = threading.Lock()  # a build sets environment variables and torch's CUDA_HOME
+
+
+@dataclass(frozen=True)
+class Build:
+    """A shared library to be had from `source`: CUDA C++ text that includes nothing but system headers.
+
+    `host` compiles it with the C++ compiler instead of nvcc. `arch` is the compute capability to compile for, such as
+    (9, 0), None for that of the current GPU; TORCH_CUDA_ARCH_LIST, where set, takes precedence over both. `prefix` only
+    makes the folder's name readable.
+    """
+
+    prefix: str
+    source: str
+    host: bool
+    arch: tuple[int, int] | None = None
+
+    def try_load(self) -> ctypes.CDLL | None:
+        """The library if it lies in the cache, else None (too if it is there and cannot be loaded).
+
+        Starts no process and writes nothing. Where there is no compiler any more, the library of any compiler will do.
+        Raises BackendUnavailable if no architecture is known to compile for.
+        """
+        if self._compilers_found():
+            return _opened(self.library)
+        others = sorted(cache_folder().glob(f"{self.prefix}_{self._content}_*/*.so"))
+        return next((library for library in map(_opened, others) if library), None)
+
+    def build(self) -> Path:
+        """Path of the library, compiled now unless another process just did; waits for one that is at it.
+
+        Raises BackendUnavailable if a tool or an architecture is missing or the cache cannot be written, and
+        BuildError, with the first error line and the log, if the compiler fails.
+        """
+        tools = self._tools()
+        from filelock import FileLock
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / "lock")
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            raise _unwritable(error) from error
+        try:
+            if _opened(self.library) is None:
+                self._compile(tools)
+        finally:
+            lock.release()
+        return self.library
+
+    def load(self) -> ctypes.CDLL:
+        """The library, from the cache or built. Raises what `build` raises."""
+        library = self.try_load()
+        if library is None:
+            library = ctypes.CDLL(str(self.build()))
+        return library
+
+    @cached_property
+    def name(self) -> str:
+        """Name of the folder and of the library in it. Raises BackendUnavailable if no architecture is known."""
+        stamps = "\n".join(map(_stamp, self._compilers()))
+        return f"{self.prefix}_{self._content}_{_digest(stamps)[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        return cache_folder() / self.name
+
+    @property
+    def library(self) -> Path:
+        return self.folder / f"{self.name}.so"
+
+    @property
+    def log(self) -> Path:
+        """What the compiler said when the library was built, or why it was not."""
+        return self.folder / "build.log"
+
+    @cached_property
+    def _content(self) -> str:
+        import torch
+
+        about_torch = (torch.__version__, torch.version.cuda)
+        variables = tuple(os.environ.get(name) for name in VARIABLES)
+        flags = (self.host, HOST_FLAGS, CUDA_FLAGS, LINK_FLAGS, self._architecture)
+        return _digest(repr((self.source, flags, about_torch, variables)))[:16]
+
+    @cached_property
+    def _architecture(self) -> str:
+        """TORCH_CUDA_ARCH_LIST's text, or flags of nvcc; "" on the host."""
+        if self.host:
+            return ""
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        if listed not in ("", "native"):
+            return listed
+        capability = self.arch
+        if capability is None:
+            import torch
+
+            if not torch.cuda.is_available():
+                raise BackendUnavailable(
+                    "no GPU whose architecture could be compiled for: set TORCH_CUDA_ARCH_LIST, for instance to 9.0"
+                )
+            capability = torch.cuda.get_device_capability()
+        number = "{}{}".format(*capability)
+        return f"-gencode=arch=compute_{number},code=sm_{number}"
+
+    def _compilers(self) -> tuple[Path | None, ...]:
+        home = cuda_home()
+        nvcc = home / "bin" / "nvcc" if home else None
+        return (find_cxx(),) if self.host else (nvcc, find_cxx())
+
+    def _compilers_found(self) -> bool:
+        return None not in self._compilers()
+
+    def _tools(self) -> Tools:
+        cxx, ninja, home = find_cxx(), find_ninja(), None if self.host else cuda_home()
+        missing = []
+        if cxx is None:
+            wanted = os.environ.get("CXX")
+            missing.append(f"CXX={wanted} is not there: set CXX to a C++ compiler" if wanted else "install g++")
+        if ninja is None:
+            missing.append("install ninja (pip install ninja)")
+        if not self.host and home is None:
+            missing.append("no nvcc: install the CUDA toolkit, or set CUDA_HOME to the folder that has bin/nvcc")
+        if missing or ninja is None:
+            raise BackendUnavailable("kernels cannot be compiled here: " + "; ".join(missing))
+        return Tools(ninja, home)
+
+    def _compile(self, tools: Tools) -> None:
+        """Builds in a folder of its own: what an earlier, killed build started may still be writing into that one's."""
+        try:
+            for left in self.folder.glob("build-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            source = self.folder / ("source.cpp" if self.host else "source.cu")
+            source.write_text(self.source)
+            work = Path(tempfile.mkdtemp(prefix="build-", dir=self.folder))
+        except OSError as error:
+            raise _unwritable(error) from error
+        said, failure = "", None
+        try:
+            with _one_in_this_process, _prepared(tools, work):
+                built = self._load_inline(tools, work)
+            with built.open("rb") as file:
+                os.fsync(file.fileno())  # so that no crash of the machine leaves half a library under its final name
+            os.replace(built, self.library)
+        except Exception as error:  # load_inline lets everything through, from ValueError to CalledProcessError
+            said, failure = f"{error}\n", error
+        finally:
+            with suppress(OSError):
+                said = said or (work / "nvcc.log").read_text(errors="replace")
+            shutil.rmtree(work, ignore_errors=True)
+        for temporary in (work / "main.cpp", work / "cuda.cu"):
+            said = said.replace(str(temporary), str(source))
+        with suppress(OSError):  # a full disk must not hide the error
+            self.log.write_text(said)
+        if os.environ.get("DUALOP_VERBOSE", "") not in ("", "0"):
+            print(f"{self.log}:\n{said}", file=sys.stderr)
+        if failure is not None:
+            first = first_error(said)
+            raise BuildError(f"{first}\n(compiling {source}; the whole log: {self.log})", self.log, first) from failure
+
+    def _load_inline(self, tools: Tools, work: Path) -> Path:
+        from torch.utils import cpp_extension
+
+        if tools.cuda_home:
+            previous, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, str(tools.cuda_home)
+        listed = "" if self._architecture.startswith("-") else self._architecture
+        try:
+            cpp_extension.load_inline(
+                self.name,
+                cpp_sources=[self.source] if self.host else [""],
+                cuda_sources=None if self.host else [self.source],
+                extra_cflags=list(HOST_FLAGS),
+                extra_cuda_cflags=[*CUDA_FLAGS, *([] if listed else [self._architecture])],
+                extra_ldflags=[*LINK_FLAGS, *tools.link_flags(work)],
+                build_directory=str(work),
+                no_implicit_headers=True,
+                is_python_module=False,
+            )
+        finally:
+            if tools.cuda_home:
+                cpp_extension.CUDA_HOME = previous
+        # Not by name: load_inline appends a version when one process builds the same name twice.
+        return next(work.glob("*.so"))
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a build runs; `cuda_home` is None for one that needs no nvcc."""
+
+    ninja: Path
+    cuda_home: Path | None
+
+    def link_flags(self, work: Path) -> list[str]:
+        if self.cuda_home is None:
+            return []
+        # The folder of the CUDA runtime, for when torch has not loaded the same one already.
+        found = [folder for folder in (self.cuda_home / "lib64", self.cuda_home / "lib") if folder.is_dir()]
+        return [shlex.quote(flag) for flag in (f"-L{work}", *(f"-Wl,-rpath,{folder}" for folder in found[:1]))]
+
+
+@contextmanager
+def _prepared(tools: Tools, work: Path) -> Iterator[None]:
+    """The environment that load_inline needs for this build, restored afterwards."""
+    # An environment that is not activated has its ninja beside its Python and not on PATH.
+    changes = {"PATH": os.pathsep.join((os.environ.get("PATH", os.defpath), str(tools.ninja.parent)))}
+    if tools.cuda_home:
+        nvcc = os.environ.get("PYTORCH_NVCC") or shlex.quote(str(tools.cuda_home / "bin" / "nvcc"))
+        keeper = work / "nvcc.sh"  # load_inline throws away what a successful compiler says
+        keeper.write_text(f'{nvcc} "$@" >nvcc.log 2>&1\nstatus=$?\ncat nvcc.log\nexit $status\n')
+        changes["PYTORCH_NVCC"] = f"sh {shlex.quote(str(keeper))}"
+        for name in ("c10_cuda", "torch_cuda"):  # load_inline links against them, and a CPU-only torch has none
+            (work / f"lib{name}.a").write_bytes(EMPTY_ARCHIVE)
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def cache_folder() -> Path:
+    """DUALOP_CACHE_DIR, or the user's cache folder for dualop."""
+    if os.environ.get("DUALOP_CACHE_DIR"):
+        return Path(os.environ["DUALOP_CACHE_DIR"]).expanduser().absolute()
+    try:
+        import platformdirs
+    except ImportError:  # a checkout on a machine where nothing can be installed
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualop"
+    return Path(platformdirs.user_cache_dir("dualop"))
+
+
+def find_cxx() -> Path | None:
+    """The C++ compiler that torch would call; of CXX="ccache g++" the first word."""
+    words = shlex.split(os.environ.get("CXX") or "c++")
+    return _which(words[0]) if words else None
+
+
+def find_ninja() -> Path | None:
+    """ninja on PATH, or beside this Python."""
+    return _which("ninja") or _which("ninja", sysconfig.get_path("scripts"))
+
+
+def cuda_home() -> Path | None:
+    """Root of the CUDA toolkit: CUDA_HOME or CUDA_PATH where set, else that of the nvcc on PATH, else the usual place.
+
+    An nvcc on PATH may be a script that calls the real one, so a root counts only with CUDA's headers in it.
+    """
+    chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if chosen:
+        return Path(chosen) if (Path(chosen) / "bin" / "nvcc").is_file() else None
+    nvcc = _which("nvcc")
+    for root in (nvcc.resolve().parents[1] if nvcc else Path(USUAL_CUDA), Path(USUAL_CUDA)):
+        headers = (root / "include", *root.glob("targets/*/include"))
+        if (root / "bin" / "nvcc").is_file() and any((folder / "cuda_runtime.h").is_file() for folder in headers):
+            return root
+    return None
+
+
+def first_error(log: str) -> str:
+    """The first line of a compiler's output that speaks of an error, else its last line that says anything."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "no output")
+
+
+def _which(name: str, path: str | None = None) -> Path | None:
+    found = shutil.which(name, path=path)
+    return Path(found) if found else None
+
+
+def _opened(library: Path) -> ctypes.CDLL | None:
+    if not library.is_file():  # dlopen would find one that this process loaded before it was deleted
+        return None
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        return None
+
+
+def _stamp(compiler: Path | None) -> str:
+    """What changes when a compiler is replaced; asking it for its version would cost a process at every start."""
+    if compiler is None:
+        return "none"
+    real = compiler.resolve()
+    status = real.stat()
+    return f"{real} {status.st_size} {status.st_mtime_ns}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _unwritable(error: Exception) -> BackendUnavailable:
+    folder = cache_folder()
+    return BackendUnavailable(f"cannot write to {folder} ({error}): set DUALOP_CACHE_DIR to a folder that is writable")

@@ -1,0 +1,176 @@
+"""Chains: parse, print, compose, call. Tensors pass through here untouched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from dualop.errors import ChainError, OperandError
+from dualop.stages import Call, call
+
+MAX_STAGES = 64
+MAX_OPERANDS = 8
+
+_TOKEN = re.compile(
+    r"""\s*(?: (?P<number>[+-]?(?:inf|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))(?![\w.])
+             | (?P<name>[A-Za-z_]\w*)
+             | (?P<word>"[a-z]*"|'[a-z]*')
+             | (?P<mark>[|(),=]) )""",
+    re.VERBOSE | re.ASCII,
+)
+
+
+class Chain:
+    """An immutable chain of stages, callable on tensors.
+
+    `chain(x, *operands, backend=None, **named_operands)` returns the result of all stages on `x + 0`: x of any shape
+    and of dtype float32, float16, bfloat16 or float64, on any device that a backend runs on; the operands, in the
+    order of `chain.operands` or by name, broadcast against x as torch would. Differentiable in x and every operand.
+    Raises OperandError, ShapeError, DtypeError, DeviceError, BackendUnavailable, BuildError.
+    """
+
+    __slots__ = ("calls", "operands", "text")
+
+    def __init__(self, calls: tuple[Call, ...]) -> None:
+        if not calls:
+            raise ChainError("a chain needs at least one stage")
+        if len(calls) > MAX_STAGES:
+            raise ChainError(f"a chain has at most {MAX_STAGES} stages, this one has {len(calls)}")
+        names = (c.operand for c in calls if isinstance(c.operand, str) and c.operand != "x")
+        self.calls = calls
+        self.operands: tuple[str, ...] = tuple(dict.fromkeys(names))
+        self.text = " | ".join(map(str, calls))
+        if len(self.operands) > MAX_OPERANDS:
+            raise ChainError(f"a chain takes at most {MAX_OPERANDS} operands, this one has {len(self.operands)}")
+
+    def __call__(self, x: Any, *operands: Any, backend: str | None = None, **named: Any) -> Any:
+        from dualop.autograd import run
+
+        if named or len(operands) != len(self.operands):
+            operands = self.bind(operands, named)
+        return run(self, x, operands, backend)
+
+    def bind(self, operands: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        """The operands in the order of `self.operands`; OperandError names what is missing or too much."""
+        given = dict(zip(self.operands, operands, strict=False))
+        wrong = [n for n in named if n not in self.operands or n in given]
+        missing = [n for n in self.operands if n not in given and n not in named]
+        if wrong or missing or len(operands) > len(self.operands):
+            takes = ", ".join(("x", *self.operands))
+            reason = f"missing {', '.join(missing)}" if missing else f"not taken or given twice: {', '.join(wrong)}"
+            if len(operands) > len(self.operands):
+                reason = f"{len(operands)} operands given"
+            raise OperandError(f"`{self}` takes ({takes}); {reason}")
+        given.update(named)
+        return tuple(given[n] for n in self.operands)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"dualop.chain({self.text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chain) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __reduce__(self) -> Any:
+        return parse, (self.text,)
+
+
+def chain(*stages: str | Call | Chain) -> Chain:
+    """A chain from texts (each one or more stages), `dualop.stages` calls and other chains, in order.
+
+    Raises ChainError with the place of the first mistake.
+    """
+    if len(stages) == 1 and isinstance(stages[0], str):
+        return parse(stages[0])
+    calls: list[Call] = []
+    for stage in stages:
+        if isinstance(stage, Call):
+            calls.append(stage)
+        elif isinstance(stage, (str, Chain)):
+            calls.extend((parse(stage) if isinstance(stage, str) else stage).calls)
+        else:
+            raise ChainError(f"a chain is made of texts and stages, not of {type(stage).__name__}")
+    return Chain(tuple(calls))
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Chain:
+    """The chain that `text` writes. The same text gives the same object."""
+    return Chain(tuple(_Parser(text).chain()))
+
+
+class _Parser:
+    """Recursive descent over the tokens of one text; every token is matched or the text is refused."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.tokens, at = text, [], 0
+        end = len(text.rstrip())
+        while at < end:
+            match = _TOKEN.match(text, at)
+            if match is None:
+                self.fail(at, "cannot be read")
+            assert match is not None and match.lastgroup is not None
+            self.tokens.append((match.lastgroup, match[match.lastgroup], match.start(match.lastgroup)))
+            at = match.end()
+        self.tokens.append(("end", "", end))
+        self.next = 0
+
+    def fail(self, at: int, problem: str) -> None:
+        raise ChainError(f"{problem} at position {at + 1} of the chain: {self.text[:at]}⟨here⟩{self.text[at:]}")
+
+    def accept(self, kind: str, value: str | None = None) -> str | None:
+        found, text, _ = self.tokens[self.next]
+        if found != kind or (value is not None and text != value):
+            return None
+        self.next += 1
+        return text
+
+    def expect(self, kind: str, value: str | None, what: str) -> str:
+        at = self.tokens[self.next][2]
+        text = self.accept(kind, value)
+        if text is None:
+            self.fail(at, f"expected {what}")
+        assert text is not None
+        return text
+
+    def chain(self) -> Iterator[Call]:
+        yield self.stage()
+        while self.accept("mark", "|"):
+            yield self.stage()
+        self.expect("end", None, "| or the end")
+
+    def stage(self) -> Call:
+        name = self.expect("name", None, "a stage's name")
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        if self.accept("mark", "(") and not self.accept("mark", ")"):
+            while True:
+                at = self.tokens[self.next][2]
+                key = self.accept("name") if self.tokens[self.next + 1][1] == "=" else None
+                if key:
+                    self.expect("mark", "=", "=")
+                    if key in keywords:
+                        self.fail(at, f"{key} given twice")
+                    keywords[key] = self.value()
+                elif keywords:
+                    self.fail(at, "a positional argument after a keyword")
+                else:
+                    positional.append(self.value())
+                if not self.accept("mark", ","):
+                    break
+            self.expect("mark", ")", ", or )")
+        return call(name, *positional, **keywords)
+
+    def value(self) -> float | str:
+        if (number := self.accept("number")) is not None:
+            return float(number)
+        if (word := self.accept("word")) is not None:
+            return word[1:-1]
+        return self.expect("name", None, "a number, a word or a tensor's name")

@@ -1,0 +1,248 @@
+"""How tensors meet a kernel: promotion, broadcasting, and one view of everything as rows and columns.
+
+The result's dimensions, in the order of its memory, are merged as far as every tensor allows. The innermost merged
+dimension is the **columns**, all others together are the **rows**. At row r and column c a tensor's element is
+
+    data[(r // div % mod) * row_stride + c]        (kind says which of the two terms are there)
+
+A feature vector (N,) varies along the columns only, a channel (C, 1, 1) of NCHW data along the rows with div 1 and
+mod C, a per-sample (B, 1) along the rows, a full-size tensor along both; channels_last data makes a channel a column.
+A tensor that has no such form is copied into one that has. Where all tensors are merged into one long row, it is
+folded into rows of `FOLD` columns, the last of them shorter; so `total` bounds the last row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dualop.errors import DeviceError, DtypeError, OperandError, ShapeError
+
+COLUMN, ROW, WRAP = 1, 2, 4
+FULL = COLUMN | ROW
+FOLD = 8192
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Significant bits of a result: how accurate the arithmetic that is rounded to it has to be.
+BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
+
+
+@dataclass(frozen=True)
+class View:
+    """Where one input's elements lie, and what becomes of its gradient.
+
+    `copy` is None, or the strides (of the result's rank, 0 where it is broadcast) of the dense copy that the kernel
+    reads in its place. `gradient_strides` are those of a dense gradient of the input's own shape.
+    """
+
+    kind: int
+    div: int
+    mod: int
+    row_stride: int
+    copy: tuple[int, ...] | None
+    gradient_strides: tuple[int, ...]
+    # The input is broadcast in a way that no view has: its gradient is written in full and summed by torch.
+    expanded: bool = False
+
+    @property
+    def reduced(self) -> bool:
+        """Whether several elements of the result share an element of this input."""
+        return self.kind != FULL
+
+    def sum_shape(self, rows: int, cols: int, row_programs: int, col_programs: int) -> tuple[int, int, int, int]:
+        """(outer, kept, inner, columns): its partial sums in memory; the gradient sums over outer and inner."""
+        if self.kind == 0:
+            return row_programs * col_programs, 1, 1, 1
+        if self.kind == COLUMN:
+            return row_programs, 1, 1, cols
+        outer = rows // (self.div * self.mod)
+        return (outer, self.mod, self.div, cols) if self.kind & COLUMN else (outer, self.mod, self.div * col_programs, 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The result's shape, strides and dtype, the rows and columns, and a View for x and each operand."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    rows: int
+    cols: int
+    total: int
+    views: tuple[View, ...]
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.dtype]
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of all arithmetic and of partial sums."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def output(self, device: torch.device) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+    def gradient(self, index: int, like: Tensor, device: torch.device) -> Tensor:
+        """Uninitialised memory for the gradient of input `index`."""
+        return torch.empty_strided(like.shape, self.views[index].gradient_strides, dtype=like.dtype, device=device)
+
+    def partial(self, index: int, row_programs: int, col_programs: int, device: torch.device) -> Tensor:
+        """Uninitialised memory for the partial sums of input `index`, one for each program or row."""
+        shape = self.views[index].sum_shape(self.rows, self.cols, row_programs, col_programs)
+        return torch.empty(math.prod(shape), dtype=self.accumulator, device=device)
+
+    def sum_expanded(self, partial: Tensor, like: Tensor) -> Tensor:
+        """The gradient of an expanded input from its values at every element of the result."""
+        whole = partial[: self.total].as_strided(self.shape, self.strides)
+        return whole.sum_to_size(like.shape).to(like.dtype)
+
+    def readable(self, index: int, tensor: Tensor) -> Tensor:
+        """The tensor as the kernel reads it: itself, or a copy where the view asks for one."""
+        strides = self.views[index].copy
+        if strides is None:
+            return tensor
+        shape = tuple(n if s else 1 for n, s in zip(self.shape, strides, strict=True))
+        copy = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+        return copy.copy_(tensor)
+
+
+def layout(x: Tensor, operands: Sequence[Tensor]) -> Layout:
+    """The layout of a call; the same shapes, strides and dtypes give the same object."""
+    return _layout(tuple((t.shape, t.stride(), t.dtype) for t in (x, *operands)))
+
+
+def device_of(x: Tensor, operands: Sequence[Tensor]) -> torch.device:
+    """The device of a call. Zero-dimensional CPU tensors go along with any; DeviceError if others are mixed."""
+    device = x.device
+    for tensor in operands:
+        if tensor.device != device:
+            if tensor.dim() == 0 and tensor.device.type == "cpu":
+                continue
+            if x.dim() == 0 and x.device.type == "cpu" and device == x.device:
+                device = tensor.device
+                continue
+            devices = ", ".join(str(t.device) for t in (x, *operands))
+            raise DeviceError(f"all tensors of a chain must be on one device, these are on {devices}")
+    return device
+
+
+def validate(x: Tensor, operands: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise OperandError, DtypeError, ShapeError or DeviceError, naming the tensor, if the call makes no sense."""
+    for name, tensor in zip(("x", *names), (x, *operands), strict=True):
+        if not isinstance(tensor, Tensor):
+            raise OperandError(f"{name} must be a tensor, not {type(tensor).__name__}; write a number in the chain's text")
+        if tensor.dtype not in DTYPES:
+            takes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            raise DtypeError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; a chain takes {takes}")
+    try:
+        torch.broadcast_shapes(x.shape, *(t.shape for t in operands))
+    except RuntimeError:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(("x", *names), (x, *operands), strict=True))
+        raise ShapeError(f"shapes do not broadcast together: {shapes}") from None
+    device_of(x, operands)
+
+
+@lru_cache(maxsize=4096)
+def _layout(tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]) -> Layout:
+    # Meta tensors ask torch itself for the promoted dtype, the broadcast shape and the strides of `x + operands`.
+    metas = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in tensors]
+    result = metas[0].neg() if len(metas) == 1 else metas[0]
+    for meta in metas[1:]:
+        result = result + meta
+    shape, strides = tuple(result.shape), tuple(result.stride())
+    order = [d for d in sorted(range(len(shape)), key=lambda d: -strides[d]) if shape[d] > 1]
+
+    compacts = [_compact(meta, shape, order) for meta in metas]
+    full = tuple(strides[d] if shape[d] > 1 else 0 for d in range(len(shape)))
+    candidates = [[_own_strides(m, shape, c), c, full] for m, c in zip(metas, compacts, strict=True)]
+    # Replace a tensor that has no row and column form by a dense copy, then by a copy of the result's size.
+    levels = [0 if c[0] is not None else 1 for c in candidates]
+    while True:
+        chosen = [c[level] for c, level in zip(candidates, levels, strict=True)]
+        dims = _merge(order, shape, full, chosen)  # type: ignore[arg-type]
+        bad = [i for i, form in enumerate(_forms(dims, len(metas))) if form is None]
+        if not bad:
+            break
+        for i in bad:
+            levels[i] += 1
+    rows, cols = math.prod(size for size, _ in dims[:-1]), dims[-1][0]
+    total = math.prod(shape)
+    if len(dims) == 1 and total > FOLD:  # only whole and scalar tensors
+        rows, cols = math.ceil(total / FOLD), FOLD
+    views = []
+    for i, (meta, compact, level) in enumerate(zip(metas, compacts, levels, strict=True)):
+        form = _forms(dims, len(metas))[i]
+        assert form is not None
+        kind, div, mod, row_stride = form
+        if len(dims) == 1 and kind == COLUMN:
+            kind, row_stride = FULL, cols
+        expanded = level == 2 and compact != full
+        if expanded:
+            kind, div, mod = FULL | WRAP, 1, rows
+        own = compact[len(shape) - meta.dim() :]
+        dense = tuple(s if n > 1 else 1 for s, n in zip(own, meta.shape, strict=True))
+        dense = strides if meta.shape == shape else dense
+        views.append(View(kind, div, mod, row_stride, (None, compact, full)[level], dense, expanded))
+    return Layout(shape, strides, result.dtype, rows, cols, total, tuple(views))
+
+
+def _own_strides(meta: Tensor, shape: tuple[int, ...], compact: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Its strides at the result's rank, 0 where it is broadcast; None if its own elements share memory."""
+    pad = len(shape) - meta.dim()
+    strides = tuple(s if n > 1 else 0 for n, s in zip(meta.shape, meta.stride(), strict=True))
+    return None if any(s == 0 < n - 1 for n, s in zip(meta.shape, meta.stride(), strict=True)) else (0,) * pad + strides
+
+
+def _compact(meta: Tensor, shape: tuple[int, ...], order: list[int]) -> tuple[int, ...]:
+    """The strides of a dense copy whose dimensions lie in the order of the result's memory."""
+    pad, strides, step = len(shape) - meta.dim(), [0] * len(shape), 1
+    for d in reversed(order):
+        if d >= pad and meta.shape[d - pad] > 1:
+            strides[d] = step
+            step *= meta.shape[d - pad]
+    return tuple(strides)
+
+
+Dims = list[tuple[int, tuple[int, ...]]]
+
+
+def _merge(order: list[int], shape: tuple[int, ...], full: tuple[int, ...], chosen: list[tuple[int, ...]]) -> Dims:
+    """The dimensions as (size, stride of each tensor), outermost first, neighbours merged where all allow it."""
+    dims: Dims = []
+    for d in order:
+        strides = tuple(c[d] for c in chosen)
+        if dims and all(outer == inner * shape[d] for outer, inner in zip(dims[-1][1], strides, strict=True)):
+            dims[-1] = (dims[-1][0] * shape[d], strides)
+        else:
+            dims.append((shape[d], strides))
+    return dims or [(1, (0,) * len(chosen))]
+
+
+def _forms(dims: Dims, count: int) -> list[tuple[int, int, int, int] | None]:
+    """(kind, div, mod, row_stride) of each tensor, None where it has no such form."""
+    rows = math.prod(size for size, _ in dims[:-1])
+    forms: list[tuple[int, int, int, int] | None] = []
+    for i in range(count):
+        column = dims[-1][1][i]
+        varying = [d for d, (_, strides) in enumerate(dims[:-1]) if strides[i]]
+        if column not in (0, 1):
+            forms.append(None)
+        elif not varying:
+            forms.append((column, 1, 1, 0))
+        else:
+            first, last = varying[0], varying[-1]
+            span = range(first, last)
+            if any(dims[d][1][i] != dims[d + 1][1][i] * dims[d + 1][0] for d in span):
+                forms.append(None)
+                continue
+            mod = math.prod(dims[d][0] for d in range(first, last + 1))
+            div = math.prod(dims[d][0] for d in range(last + 1, len(dims) - 1))
+            kind = ROW | column | (WRAP if mod < rows else 0)
+            forms.append((kind, div, mod, dims[last][1][i]))
+    return forms
