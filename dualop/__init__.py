@@ -20,8 +20,8 @@ if os.path.isfile(os.path.join(_checkout, "pyproject.toml")) and os.path.isdir(o
     __path__.append(_checkout)
 
 _HOME = {
-    "chain": "dualop.chain",
-    "Chain": "dualop.chain",
+    "chain": "dualop.chains",
+    "Chain": "dualop.chains",
     "reference": "dualop.backends.reference",
     "explain": "dualop.registry",
     "set_backend": "dualop.registry",
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from dualop import errors as errors
     from dualop import stages as stages
     from dualop.backends.reference import reference as reference
-    from dualop.chain import Chain as Chain
-    from dualop.chain import chain as chain
+    from dualop.chains import Chain as Chain
+    from dualop.chains import chain as chain
     from dualop.registry import explain as explain
     from dualop.registry import set_backend as set_backend
     from dualop.registry import use_backend as use_backend

@@ -24,7 +24,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from dualop import registry
 from dualop.backends.reference import reference
-from dualop.chain import Chain, parse
+from dualop.chains import Chain, parse
 from dualop.layout import device_of, validate
 
 _LIBRARY = torch.library.Library("dualop", "DEF")

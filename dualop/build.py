@@ -83,7 +83,9 @@ class Build:
         Raises BackendUnavailable if a tool or an architecture is missing or the cache cannot be written, and
         BuildError, with the first error line and the log, if the compiler fails.
         """
-        tools = self._tools()
+        missing = missing_tools(self.host)
+        if missing:
+            raise BackendUnavailable("kernels cannot be compiled here: " + "; ".join(missing))
         from filelock import FileLock
 
         try:
@@ -94,7 +96,7 @@ class Build:
             raise _unwritable(error) from error
         try:
             if _opened(self.library) is None:
-                self._compile(tools)
+                self._compile()
         finally:
             lock.release()
         return self.library
@@ -162,21 +164,7 @@ class Build:
     def _compilers_found(self) -> bool:
         return None not in self._compilers()
 
-    def _tools(self) -> Tools:
-        cxx, ninja, home = find_cxx(), find_ninja(), None if self.host else cuda_home()
-        missing = []
-        if cxx is None:
-            wanted = os.environ.get("CXX")
-            missing.append(f"CXX={wanted} is not there: set CXX to a C++ compiler" if wanted else "install g++")
-        if ninja is None:
-            missing.append("install ninja (pip install ninja)")
-        if not self.host and home is None:
-            missing.append("no nvcc: install the CUDA toolkit, or set CUDA_HOME to the folder that has bin/nvcc")
-        if missing or ninja is None:
-            raise BackendUnavailable("kernels cannot be compiled here: " + "; ".join(missing))
-        return Tools(ninja, home)
-
-    def _compile(self, tools: Tools) -> None:
+    def _compile(self) -> None:
         """Builds in a folder of its own: what an earlier, killed build started may still be writing into that one's."""
         try:
             for left in self.folder.glob("build-*"):
@@ -188,8 +176,8 @@ class Build:
             raise _unwritable(error) from error
         said, failure = "", None
         try:
-            with _one_in_this_process, _prepared(tools, work):
-                built = self._load_inline(tools, work)
+            with _one_in_this_process, _prepared(work, None if self.host else cuda_home()) as link_flags:
+                built = self._load_inline(work, link_flags)
             with built.open("rb") as file:
                 os.fsync(file.fileno())  # so that no crash of the machine leaves half a library under its final name
             os.replace(built, self.library)
@@ -209,68 +197,68 @@ class Build:
             first = first_error(said)
             raise BuildError(f"{first}\n(compiling {source}; the whole log: {self.log})", self.log, first) from failure
 
-    def _load_inline(self, tools: Tools, work: Path) -> Path:
-        from torch.utils import cpp_extension
+    def _load_inline(self, work: Path, link_flags: list[str]) -> Path:
+        from torch.utils.cpp_extension import load_inline
 
-        if tools.cuda_home:
-            previous, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, str(tools.cuda_home)
-        listed = "" if self._architecture.startswith("-") else self._architecture
-        try:
-            cpp_extension.load_inline(
-                self.name,
-                cpp_sources=[self.source] if self.host else [""],
-                cuda_sources=None if self.host else [self.source],
-                extra_cflags=list(HOST_FLAGS),
-                extra_cuda_cflags=[*CUDA_FLAGS, *([] if listed else [self._architecture])],
-                extra_ldflags=[*LINK_FLAGS, *tools.link_flags(work)],
-                build_directory=str(work),
-                no_implicit_headers=True,
-                is_python_module=False,
-            )
-        finally:
-            if tools.cuda_home:
-                cpp_extension.CUDA_HOME = previous
+        # torch reads TORCH_CUDA_ARCH_LIST itself, unless a flag names the architecture.
+        arch_flags = [self._architecture] if self._architecture.startswith("-") else []
+        load_inline(
+            self.name,
+            cpp_sources=[self.source] if self.host else [""],
+            cuda_sources=None if self.host else [self.source],
+            extra_cflags=list(HOST_FLAGS),
+            extra_cuda_cflags=[*CUDA_FLAGS, *arch_flags],
+            extra_ldflags=[*LINK_FLAGS, *link_flags],
+            build_directory=str(work),
+            no_implicit_headers=True,
+            is_python_module=False,
+        )
         # Not by name: load_inline appends a version when one process builds the same name twice.
         return next(work.glob("*.so"))
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What a build runs; `cuda_home` is None for one that needs no nvcc."""
-
-    ninja: Path
-    cuda_home: Path | None
-
-    def link_flags(self, work: Path) -> list[str]:
-        if self.cuda_home is None:
-            return []
-        # The folder of the CUDA runtime, for when torch has not loaded the same one already.
-        found = [folder for folder in (self.cuda_home / "lib64", self.cuda_home / "lib") if folder.is_dir()]
-        return [shlex.quote(flag) for flag in (f"-L{work}", *(f"-Wl,-rpath,{folder}" for folder in found[:1]))]
-
-
 @contextmanager
-def _prepared(tools: Tools, work: Path) -> Iterator[None]:
-    """The environment that load_inline needs for this build, restored afterwards."""
+def _prepared(work: Path, cuda: Path | None) -> Iterator[list[str]]:
+    """What load_inline needs to find, for the time of one build; gives the linker's flags. `cuda`: None on the host."""
+    from torch.utils import cpp_extension
+
     # An environment that is not activated has its ninja beside its Python and not on PATH.
-    changes = {"PATH": os.pathsep.join((os.environ.get("PATH", os.defpath), str(tools.ninja.parent)))}
-    if tools.cuda_home:
-        nvcc = os.environ.get("PYTORCH_NVCC") or shlex.quote(str(tools.cuda_home / "bin" / "nvcc"))
+    changes = {"PATH": os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))}
+    link_flags, cuda_before = [], cpp_extension.CUDA_HOME
+    if cuda:
+        nvcc = os.environ.get("PYTORCH_NVCC") or shlex.quote(str(cuda / "bin" / "nvcc"))
         keeper = work / "nvcc.sh"  # load_inline throws away what a successful compiler says
         keeper.write_text(f'{nvcc} "$@" >nvcc.log 2>&1\nstatus=$?\ncat nvcc.log\nexit $status\n')
         changes["PYTORCH_NVCC"] = f"sh {shlex.quote(str(keeper))}"
         for name in ("c10_cuda", "torch_cuda"):  # load_inline links against them, and a CPU-only torch has none
             (work / f"lib{name}.a").write_bytes(EMPTY_ARCHIVE)
+        # The folder of the CUDA runtime, for when torch has not loaded the same one already.
+        runtime = [folder for folder in (cuda / "lib64", cuda / "lib") if folder.is_dir()][:1]
+        link_flags = [shlex.quote(flag) for flag in (f"-L{work}", *(f"-Wl,-rpath,{folder}" for folder in runtime))]
+        cpp_extension.CUDA_HOME = str(cuda)
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
-        yield
+        yield link_flags
     finally:
+        cpp_extension.CUDA_HOME = cuda_before
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def missing_tools(host: bool) -> list[str]:
+    """What a build lacks on this machine, each with what to do about it; empty if nothing."""
+    missing, chosen = [], os.environ.get("CXX")
+    if find_cxx() is None:
+        missing.append(f"CXX={chosen} is not there: set CXX to a C++ compiler" if chosen else "no g++: install it")
+    if find_ninja() is None:
+        missing.append("no ninja: pip install ninja")
+    if not host and cuda_home() is None:
+        missing.append("no nvcc: install the CUDA toolkit, or set CUDA_HOME to the folder that has bin/nvcc")
+    return missing
 
 
 def cache_folder() -> Path:

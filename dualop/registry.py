@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualop.backends import cuda, reference, triton
 from dualop.backends.mode import INTERPRET
-from dualop.chain import Chain
+from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
 from dualop.layout import device_of, validate
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dualop import build
 from dualop.backends.mode import CPU_REASON, INTERPRET
-from dualop.chain import Chain, parse
+from dualop.chains import Chain, parse
 from dualop.errors import BackendUnavailable
 from dualop.launch import Grid, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, FULL, ROW, WRAP, Layout, device_of, layout

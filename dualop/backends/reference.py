@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from dualop.chain import Chain
+from dualop.chains import Chain
 
 
 def evaluate(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,120 @@
+"""The functions that stages are made of, each as accurate as a result of BITS significant bits needs it.
+
+`cuda/math.cuh` has the same functions in the same order, and says what they are good to. Tensors are two-dimensional
+float32 (float64 where BITS is 53).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import platform
+
+
+@triton.jit
+def number(z, value: tl.constexpr):
+    """`value` in z's dtype. Triton makes a float32 of a bare number, which a float64 z must not get."""
+    return tl.full([1, 1], value, z.dtype)
+
+
+@triton.jit
+def min_nan(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def divide(a, b, BITS: tl.constexpr):
+    """Correctly rounded; Triton's own float32 division is not."""
+    if BITS == 53:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def rcp(z, BITS: tl.constexpr):
+    if BITS == 53:
+        return 1.0 / z
+    else:
+        return platform.rcp_approx(z)
+
+
+@triton.jit
+def exp(z, BITS: tl.constexpr):
+    if BITS <= 11:
+        log2_e: tl.constexpr = 1.4426950408889634
+        return platform.ex2_approx(z * log2_e)
+    else:
+        return platform.exp(z)
+
+
+@triton.jit
+def expm1(z, BITS: tl.constexpr):
+    """exp(z) - 1"""
+    if BITS <= 11:
+        series = z + z * z * (0.5 + z * (1.0 / 6 + z * (1.0 / 24 + z * (1.0 / 120))))
+        return tl.where(tl.abs(z) < 0.25, series, exp(z, BITS) - 1.0)
+    else:
+        return platform.expm1(z)
+
+
+@triton.jit
+def log1p(z, BITS: tl.constexpr):
+    """log(1 + z) for z >= 0"""
+    if BITS <= 11:
+        ln_2: tl.constexpr = 0.6931471805599453
+        return tl.where(z < 0.01, z - 0.5 * z * z, platform.lg2_approx(1.0 + z) * ln_2)
+    else:
+        return platform.log1p(z)
+
+
+@triton.jit
+def sigmoid(z, BITS: tl.constexpr):
+    return rcp(1.0 + exp(-z, BITS), BITS)
+
+
+@triton.jit
+def tanh(z, BITS: tl.constexpr):
+    if BITS == 8:
+        return platform.tanh_approx(z)
+    elif BITS <= 11:
+        z2 = z * z
+        series = z + z * z2 * (-1.0 / 3 + z2 * (2.0 / 15 + z2 * (-17.0 / 315)))
+        far = 1.0 - 2.0 * rcp(1.0 + exp(2.0 * tl.abs(z), BITS), BITS)
+        return tl.where(tl.abs(z) < 0.25, series, tl.where(z < 0, -far, far))
+    else:
+        return platform.tanh(z)
+
+
+@triton.jit
+def sech2(z, BITS: tl.constexpr):
+    """1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not."""
+    e = exp(-2.0 * tl.abs(z), BITS)
+    r = rcp(1.0 + e, BITS)
+    return 4.0 * e * r * r
+
+
+@triton.jit
+def normpdf(z, BITS: tl.constexpr):
+    """The density of the normal distribution."""
+    inverse_sqrt_2pi: tl.constexpr = 0.3989422804014327
+    return inverse_sqrt_2pi * exp(-0.5 * z * z, BITS)
+
+
+@triton.jit
+def normcdf(z, BITS: tl.constexpr):
+    """The distribution function of the normal distribution, (1 + erf(z / sqrt(2))) / 2."""
+    sqrt_half: tl.constexpr = 0.7071067811865476
+    if BITS <= 11:
+        t = rcp(1.0 + 0.3275911 * sqrt_half * tl.abs(z), BITS)
+        p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+        tail = 0.5 * p * exp(-0.5 * z * z, BITS)
+        return tl.where(z < 0, tail, 1.0 - tail)
+    else:
+        return 0.5 * platform.erfc(-z * sqrt_half)

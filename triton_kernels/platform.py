@@ -1,0 +1,76 @@
+"""What lies under the kernels: a GPU, or Triton's interpreter, which has no libdevice and no inline assembly.
+
+The names are those of `cuda/device.cuh`; the interpreter's are plain functions on its NumPy values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+if INTERPRETED:
+    import math
+
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    def _on_values(function):
+        def on_tensor(z):
+            with np.errstate(all="ignore"):
+                values = function(z.handle.data).astype(z.handle.data.dtype)
+            return tl.core.tensor(TensorHandle(values, z.handle.dtype), z.type)
+
+        return on_tensor
+
+    def _flush(values):
+        return np.where(np.abs(values) < np.float32(2.0**-126), np.copysign(np.float32(0), values), values)
+
+    exp = _on_values(np.exp)
+    expm1 = _on_values(np.expm1)
+    log1p = _on_values(np.log1p)
+    tanh = _on_values(np.tanh)
+    erfc = _on_values(np.vectorize(math.erfc, otypes=[np.float64]))
+    ex2_approx = _on_values(lambda v: _flush(np.exp2(_flush(v))))
+    lg2_approx = _on_values(lambda v: np.log2(_flush(v)))
+    rcp_approx = _on_values(lambda v: _flush(1 / _flush(v)))
+    tanh_approx = _on_values(np.tanh)
+
+    def round_to(z, dtype):
+        """float32 as the interpreter has to store it: it truncates to bfloat16, so round to nearest even here."""
+        if dtype != tl.bfloat16:
+            return z.to(dtype)
+        values = z.to(tl.float32).handle.data
+        bits = values.view(np.uint32)
+        bits = np.where(np.isnan(values), 0x7FC00000, (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32)
+        return tl.core.tensor(TensorHandle(bits.view(np.float32), tl.float32), z.to(tl.float32).type)
+
+else:
+    from triton.language.extra.cuda import libdevice
+
+    exp = libdevice.exp
+    expm1 = libdevice.expm1
+    log1p = libdevice.log1p
+    tanh = libdevice.tanh
+    erfc = libdevice.erfc
+
+    @triton.jit
+    def ex2_approx(z):
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def lg2_approx(z):
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def rcp_approx(z):
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def tanh_approx(z):
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def round_to(z, dtype: tl.constexpr):
+        return z.to(dtype)

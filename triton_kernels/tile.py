@@ -1,0 +1,116 @@
+"""A program's tile: which rows and columns, and how inputs and gradients lie there.
+
+At row r and column c an input's element is data[(r // div % mod) * row_stride + c]; its KIND says which terms there are
+(1: the column, 2: the row, 4: with div and mod). `cuda/view.cuh` does the same for the threads of a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .platform import round_to
+
+COLUMN = tl.constexpr(1)
+ROW = tl.constexpr(2)
+WRAP = tl.constexpr(4)
+
+
+@triton.jit
+def place(first_row, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Row numbers [BLOCK_ROWS, 1] and column numbers [1, BLOCK_COLS]."""
+    row = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    column = first_column + tl.arange(0, BLOCK_COLS)[None, :]
+    return row, column
+
+
+@triton.jit
+def inside(row, column, rows, cols, total, FOLDED: tl.constexpr):
+    """Which elements there are; a folded layout's last row is short."""
+    if FOLDED:
+        return row * cols + column < total
+    else:
+        return (row < rows) & (column < cols)
+
+
+@triton.jit
+def read(pointer, div, mod, row_stride, row, column, rows, cols, mask, KIND: tl.constexpr, BITS: tl.constexpr):
+    """An input's values: [rows, columns], or 1 in place of a dimension that it does not vary along."""
+    if WRAP & KIND:
+        row_offset = (row // div % mod) * row_stride
+    else:
+        row_offset = row * row_stride
+    if KIND & 3 == 3:
+        value = tl.load(pointer + row_offset + column, mask, other=0.0)
+    elif COLUMN & KIND:
+        value = tl.load(pointer + column, column < cols, other=0.0)
+    elif ROW & KIND:
+        value = tl.load(pointer + row_offset, row < rows, other=0.0)
+    else:
+        value = tl.load(pointer + tl.zeros([1, 1], tl.int32))
+    if BITS == 53:
+        return value.to(tl.float64)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def write(pointer, offset, value, mask):
+    tl.store(pointer + offset, round_to(value, pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def zeros(KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BITS: tl.constexpr):
+    """The sum of no gradients: [1, columns], [rows, 1] or [1, 1]."""
+    dtype: tl.constexpr = tl.float64 if BITS == 53 else tl.float32
+    if COLUMN & KIND:
+        return tl.zeros([1, BLOCK_COLS], dtype)
+    elif ROW & KIND:
+        return tl.zeros([BLOCK_ROWS, 1], dtype)
+    else:
+        return tl.zeros([1, 1], dtype)
+
+
+@triton.jit
+def reduced(gradient, mask, KIND: tl.constexpr):
+    """A tile's gradients summed to where the input varies."""
+    kept = tl.where(mask, gradient, 0.0)
+    if COLUMN & KIND:
+        return tl.sum(kept, axis=0, keep_dims=True)
+    elif ROW & KIND:
+        return tl.sum(kept, axis=1, keep_dims=True)
+    else:
+        return tl.sum(tl.sum(kept, axis=1, keep_dims=True), axis=0, keep_dims=True)
+
+
+@triton.jit
+def write_partial(
+    pointer, sums, row, column, rows, cols, row_program, col_program, col_programs, KIND: tl.constexpr
+):
+    """Leave a program's partial sums where the sum kernel finds them."""
+    if COLUMN & KIND:
+        tl.store(pointer + row_program * cols + column, sums, column < cols)
+    elif ROW & KIND:
+        tl.store(pointer + row * col_programs + col_program, sums, row < rows)
+    else:
+        tl.store(pointer + row_program * col_programs + col_program + tl.zeros([1, 1], tl.int32), sums)
+
+
+@triton.jit
+def sum_kernel(partial, out, outer, kept, inner, columns, BLOCK_TERMS: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """out[k, n] = partial[outer, k, inner, n] summed over outer and inner, in float64 and in a fixed order."""
+    output = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
+    term = tl.arange(0, BLOCK_TERMS)[:, None].to(tl.int64)
+    k = output // columns
+    n = output % columns
+    sums = tl.zeros([BLOCK_TERMS, BLOCK_OUT], tl.float64)
+    for start in range(0, outer * inner, BLOCK_TERMS):
+        t = start + term
+        offset = (((t // inner) * kept + k) * inner + t % inner) * columns + n
+        mask = (t < outer * inner) & (output < kept * columns)
+        sums += tl.load(partial + offset, mask, other=0.0).to(tl.float64)
+    total = tl.sum(sums, axis=0, keep_dims=True)
+    if out.dtype.element_ty == tl.float64:
+        tl.store(out + output, total, output < kept * columns)
+    else:
+        write(out, output, total.to(tl.float32), output < kept * columns)
