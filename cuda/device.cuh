@@ -1,11 +1,5 @@
-// The names that the kernels use beyond CUDA C++ itself, with their meaning on a GPU (sm_80 and later).
-// host.cuh gives the same names a meaning on the CPU; a kernel file includes one or the other:
-//
-//     #ifdef __CUDACC__
-//     #include "device.cuh"
-//     #else
-//     #include "host.cuh"
-//     #endif
+// The names that the kernels use beyond CUDA C++ itself, with their meaning on a GPU; host.cuh gives the same names a
+// meaning on the CPU.
 //
 // cuda_fp16.h and cuda_bf16.h stay out: they would double the time a chain takes to compile, and 16-bit numbers are
 // needed for nothing but being converted. They travel as their bits: unsigned short, or unsigned for a pair.
@@ -13,13 +7,17 @@
 
 #include <cuda_runtime.h>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "dualop needs compute capability 8.0 or later: take older ones off TORCH_CUDA_ARCH_LIST"
+#endif
+
 #define DUALOP_FUN __device__ __forceinline__
 #define DUALOP_CONST __host__ __device__ constexpr
 #define DUALOP_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace dualop {
 
-// ---- bits ------------------------------------------------------------------------------------------------------
+// ---- bits -----------------------------------------------------------------------------------------------------------
 
 DUALOP_FUN unsigned bits_of(float x) { return __float_as_uint(x); }
 DUALOP_FUN unsigned long long bits_of(double x) { return __double_as_longlong(x); }
@@ -35,7 +33,7 @@ DUALOP_FUN float rsqrt_approx(float x) { float y; asm("rsqrt.approx.ftz.f32 %0, 
 // Relative error up to 2^-11; keeps subnormals.
 DUALOP_FUN float tanh_approx(float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
-// ---- 16-bit floats: round to nearest even, overflow to infinity, NaN becomes 0x7fff ----------------------------------
+// ---- 16-bit floats: round to nearest even, overflow to infinity, NaN becomes 0x7fff ---------------------------------
 
 DUALOP_FUN unsigned short to_bf16(float x) {
     unsigned short y;
@@ -80,7 +78,7 @@ DUALOP_FUN void unpack_f16x2(unsigned pair, float& lo, float& hi) {
     hi = from_f16(static_cast<unsigned short>(pair >> 16));
 }
 
-// ---- minimum and maximum that keep NaN, as torch's do; the float forms order -0 below +0 -----------------------------
+// ---- minimum and maximum that keep NaN, as torch's do; the float forms order -0 below +0 ----------------------------
 
 DUALOP_FUN float min_nan(float a, float b) {
     float y;
@@ -98,7 +96,7 @@ DUALOP_FUN float max_nan(float a, float b) {
 DUALOP_FUN double min_nan(double a, double b) { return a < b || a != a ? a : b; }
 DUALOP_FUN double max_nan(double a, double b) { return a > b || a != a ? a : b; }
 
-// ---- raw memory: one access of 1, 2, 4, 8 or 16 bytes, aligned to its width ------------------------------------------
+// ---- raw memory: one access of 1, 2, 4, 8 or 16 bytes, aligned to its width -----------------------------------------
 
 // `word` holds the bytes in memory order, 32 bits each where there are that many.
 template <int bytes> struct Bytes;
@@ -131,7 +129,7 @@ template <int bytes> DUALOP_FUN void store_raw(void* to, Bytes<bytes> value) {
     *static_cast<typename Bytes<bytes>::Vector*>(to) = raw::get(value);
 }
 
-// ---- launching -------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 
 // Queues the kernel on a cudaStream_t given as void*. A bad configuration shows in last_error() only.
 template <class... P, class... A>

@@ -3,9 +3,9 @@
 // after the other. It is slow and it is the same code.
 //
 // A block's threads are fibers. Each starts in turn and runs to its first barrier or to its end; the stack of one that
-// has ended serves the next, so a kernel without barriers needs a single stack and no switch inside a thread. Fibers are made
-// with makecontext and switched with _setjmp and _longjmp, which unlike swapcontext make no system call (QEMU's
-// coroutines do the same). An OS thread for each CUDA thread was the alternative: some 100 times slower.
+// has ended serves the next, so a kernel without barriers needs a single stack and no switch inside a thread. Fibers
+// are made with makecontext and switched with _setjmp and _longjmp, which unlike swapcontext make no system call, as
+// QEMU's coroutines do.
 //
 // Stricter than a GPU: a misaligned access, a barrier that can never be completed and a warp operation by a lane that
 // its mask does not name abort the process with a message; a shuffle from a lane that does not take part gives
@@ -310,7 +310,7 @@ inline void check_aligned(const void* address, size_t bytes) {
 
 }  // namespace dualop::host
 
-// ---- CUDA's barriers and warp shuffles ---------------------------------------------------------------------------------
+// ---- CUDA's barriers and warp shuffles ------------------------------------------------------------------------------
 
 inline void __syncthreads() { dualop::host::machine->block_barrier(); }
 inline void __syncwarp(unsigned mask = ~0u) {
@@ -341,7 +341,7 @@ template <class T> T __ldg(const T* address) {
 
 namespace dualop {
 
-// ---- bits ------------------------------------------------------------------------------------------------------
+// ---- bits -----------------------------------------------------------------------------------------------------------
 
 template <class To, class From> To bit_copy(From from) {
     static_assert(sizeof(To) == sizeof(From));
@@ -354,7 +354,7 @@ DUALOP_FUN unsigned long long bits_of(double x) { return bit_copy<unsigned long 
 DUALOP_FUN float float_of_bits(unsigned bits) { return bit_copy<float>(bits); }
 DUALOP_FUN double double_of_bits(unsigned long long bits) { return bit_copy<double>(bits); }
 
-// ---- special functions: correct to about an ulp, where a GPU's are off by up to 2^-22 (tanh: 2^-11) relative.
+// ---- special functions: correct to about an ulp, where a GPU's are off by up to about 2^-22 (tanh: 2^-11).
 // So the host shows whether the formula is right, and only a GPU whether the approximations are good enough for it.
 // Subnormals are flushed as there: a formula that divides by one fails here too.
 
@@ -365,7 +365,7 @@ DUALOP_FUN float rcp_approx(float x) { return flush(1.0f / flush(x)); }
 DUALOP_FUN float rsqrt_approx(float x) { return static_cast<float>(1.0 / sqrt(static_cast<double>(flush(x)))); }
 DUALOP_FUN float tanh_approx(float x) { return tanhf(x); }
 
-// ---- 16-bit floats: round to nearest even, overflow to infinity, NaN becomes 0x7fff ----------------------------------
+// ---- 16-bit floats: round to nearest even, overflow to infinity, NaN becomes 0x7fff ---------------------------------
 
 DUALOP_FUN unsigned short to_bf16(float x) {
     unsigned bits = bits_of(x);
@@ -408,14 +408,14 @@ DUALOP_FUN void unpack_f16x2(unsigned pair, float& lo, float& hi) {
     hi = from_f16(static_cast<unsigned short>(pair >> 16));
 }
 
-// ---- minimum and maximum that keep NaN, as torch's do; the float forms order -0 below +0 -----------------------------
+// ---- minimum and maximum that keep NaN, as torch's do; the float forms order -0 below +0 ----------------------------
 
 DUALOP_FUN float min_nan(float a, float b) { return a < b || a != a || (a == b && signbit(a)) ? a : b; }
 DUALOP_FUN float max_nan(float a, float b) { return a > b || a != a || (a == b && !signbit(a)) ? a : b; }
 DUALOP_FUN double min_nan(double a, double b) { return a < b || a != a ? a : b; }
 DUALOP_FUN double max_nan(double a, double b) { return a > b || a != a ? a : b; }
 
-// ---- raw memory: one access of 1, 2, 4, 8 or 16 bytes, aligned to its width ------------------------------------------
+// ---- raw memory: one access of 1, 2, 4, 8 or 16 bytes, aligned to its width -----------------------------------------
 
 template <int bytes> struct Bytes;
 template <> struct Bytes<1> { unsigned char word[1]; };
@@ -436,7 +436,7 @@ template <int bytes> DUALOP_FUN void store_raw(void* to, Bytes<bytes> value) {
     memcpy(to, &value, bytes);
 }
 
-// ---- launching -------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 
 // Runs the whole grid before it returns; the stream is ignored. Launches of two OS threads take turns.
 template <class... P, class... A>

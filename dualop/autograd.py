@@ -2,7 +2,7 @@
 
 `ChainFunction` is not wrapped around the op `dualop::forward`, it is the op's kernel for the Autograd key: so whatever
 traces, fakes, exports or shards sees one op, and functorch meets the Function. Its backward is an op of its own,
-`dualop::backward`: one kernel for all gradients. That one is differentiable too, by the reference's formulas.
+`dualop::backward`: one kernel for all gradients, differentiable through the same Function.
 
 Rejected: a Function above the op (torch.compile and export look into it, dispatch modes do not see it);
 custom_op with register_autograd (torch.func.grad fails, forward mode silently gives zeros).
@@ -10,7 +10,7 @@ custom_op with register_autograd (torch.func.grad fails, forward mode silently g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor
 from torch._C import _after_autograd_keyset as _AFTER_AUTOGRAD
 from torch._C import _any_requires_grad, _are_functorch_transforms_active
 from torch._C import _AutoDispatchBelowAutograd as _BelowAutograd
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from dualop import registry
-from dualop.backends.reference import reference
+from dualop.backends.reference import reference_gradients
 from dualop.chains import Chain, parse
 from dualop.layout import device_of, validate
 
@@ -78,78 +79,140 @@ def _backward_fake(
 
 
 class ChainFunction(torch.autograd.Function):
-    """apply(chain, backend, x, *operands); saves x and the operands and nothing else."""
+    """apply(op, arguments, *tensors): both ops of dualop with their derivatives, for every backend.
+
+    `tensors` are (x, *operands) for the forward op and (gy, x, *operands) for the backward op, `arguments` the op's
+    others. It saves the tensors and nothing else. The derivative of the forward op is the backward op; that one's is
+    the reference's, by torch's own functions, which torch can differentiate without end.
+    """
 
     @staticmethod
-    def forward(chain: str, backend: str, x: Tensor, *operands: Tensor) -> Tensor:
+    def forward(op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
         if not _are_functorch_transforms_active():
             with _BelowAutograd():
-                return _forward_op(x, operands, chain, backend)
+                return _call(op, arguments, tensors)
         # apply() switched gradients off, but the outer levels of functorch need them.
         with torch.enable_grad(), _set_fwd_grad_enabled(True), _BelowAutograd():
-            return _forward_op(x, operands, chain, backend)
+            return _call(op, arguments, tensors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.chain, ctx.backend, *tensors = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op, ctx.arguments, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *operands = ctx.saved_tensors
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[2:])
-        gradients = iter(_backward_op(gy, x, operands, ctx.chain, ctx.backend, needs))
-        return None, None, *(next(gradients) if need else None for need in needs)
+        if ctx.op is _forward_op:
+            x, *operands = ctx.saved_tensors
+            wanted = _backward_op(cotangents[0], x, operands, *ctx.arguments, needs)
+        else:
+            _, pullback = torch.func.vjp(_reference_gradients(*ctx.arguments), *ctx.saved_tensors)
+            wanted = [g for g, need in zip(pullback(cotangents), needs, strict=True) if need]
+        gradients = iter(wanted)
+        return None, None, *[next(gradients) if need else None for need in needs]
 
     @staticmethod
-    def jvp(ctx: Any, _chain: None, _backend: None, *tangents: Tensor | None) -> Tensor:
-        # The chain is pointwise: with every input at the result's shape, the gradients of the sum are the derivatives.
-        full = torch.broadcast_tensors(*ctx.saved_tensors)
-        needs = [t is not None for t in tangents]
-        dtype = _forward_fake(full[0], full[1:], ctx.chain, ctx.backend).dtype if len(full) > 1 else full[0].dtype
-        ones = torch.ones_like(full[0], dtype=dtype)
-        derivatives = _backward_op(ones, full[0], full[1:], ctx.chain, ctx.backend, needs)
-        terms = [d * t for d, t in zip(derivatives, (t for t in tangents if t is not None), strict=True)]
-        return sum(terms[1:], terms[0]).to(dtype)
+    def jvp(ctx: Any, _op: None, _arguments: None, *tangents: Tensor | None) -> Tensor:
+        # Of the forward op only: see _backward_autograd.
+        # The chain is pointwise: with every input at the result's shape, the gradients of its sum are the derivatives.
+        x, *operands = torch.broadcast_tensors(*ctx.saved_tensors)
+        y = _forward_fake(x, operands, *ctx.arguments)
+        derivatives = _backward_op(torch.ones_like(y), x, operands, *ctx.arguments, [t is not None for t in tangents])
+        terms = [d * t for d, t in zip(derivatives, [t for t in tangents if t is not None], strict=True)]
+        return sum(terms[1:], terms[0]).to(y.dtype)
+
+
+def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
+    if op is _forward_op:
+        return op(tensors[0], tensors[1:], *arguments)
+    return tuple(op(tensors[0], tensors[1], tensors[2:], *arguments))
+
+
+def _reference_gradients(chain: str, _backend: str, needs: Sequence[bool]) -> Callable[..., tuple[Tensor, ...]]:
+    """The backward op as a function of (gy, x, *operands) made of torch's differentiable functions."""
+    return lambda gy, x, *operands: tuple(reference_gradients(parse(chain), gy, x, operands, needs))
 
 
 _apply = super(torch.autograd.Function, ChainFunction).apply  # the C++ apply: the Python one binds a signature, 25 us
 
 
-def _forward_autograd(keyset: Any, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
+def _differentiably(keyset: Any, op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
+    """The Autograd kernel of both ops: a node if anybody may differentiate, else straight to the backend."""
     if _are_functorch_transforms_active():
         with enable_single_level_autograd_function():
-            return _apply(chain, backend, x, *operands)
-    if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and _any_requires_grad(x, *operands)):
-        return _forward_op.redispatch(keyset & _AFTER_AUTOGRAD, x, operands, chain, backend)
-    return _apply(chain, backend, x, *operands)
+            return _apply(op, arguments, *tensors)
+    if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and _any_requires_grad(*tensors)):
+        if op is _forward_op:
+            return op.redispatch(keyset & _AFTER_AUTOGRAD, tensors[0], tensors[1:], *arguments)
+        return op.redispatch(keyset & _AFTER_AUTOGRAD, tensors[0], tensors[1], tensors[2:], *arguments)
+    return _apply(op, arguments, *tensors)
+
+
+def _forward_autograd(keyset: Any, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
+    return _differentiably(keyset, _forward_op, (chain, backend), x, *operands)
 
 
 def _backward_autograd(
     keyset: Any, gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
-    plain = forward_ad._current_level < 0 and not _are_functorch_transforms_active()
-    if plain and not (torch.is_grad_enabled() and _any_requires_grad(gy, x, *operands)):
-        return _backward_op.redispatch(keyset & _AFTER_AUTOGRAD, gy, x, operands, chain, backend, needs)
-    # Somebody differentiates the gradient: torch's own formulas, differentiable without end.
-    parsed = parse(chain)
-    _, pullback = torch.func.vjp(lambda x, *operands: reference(parsed, x, operands), x, *operands)
-    return [gradient for gradient, need in zip(pullback(gy), needs, strict=True) if need]
+    arguments = (chain, backend, list(needs))
+    if _forward_mode():
+        return list(_reference_gradients(*arguments)(gy, x, *operands))
+    return list(_differentiably(keyset, _backward_op, arguments, gy, x, *operands))
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Any:
-    tensors, dims = (x, *operands), (in_dims[0], *(in_dims[1] or [None] * len(operands)))
+def _forward_mode() -> bool:
+    """Whether tangents may flow here: then the gradient is computed by functions that torch has tangents for."""
+    if not torch._C._is_fwd_grad_enabled():  # as inside ChainFunction.jvp: this level is being taken care of
+        return False
+    if _are_functorch_transforms_active():
+        return peek_interpreter_stack().key() == TransformType.Jvp
+    return forward_ad._current_level >= 0
+
+
+def _batched(tensors: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
+    """The batch dimension first, then dimensions of size 1 up to a common rank, so that broadcasting still holds."""
     rank = max(t.dim() - (d is not None) for t, d in zip(tensors, dims, strict=True))
+    moved = [t.unsqueeze(0) if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
+    return [t.reshape(t.shape[0], *[1] * (rank + 1 - t.dim()), *t.shape[1:]) for t in moved]
 
-    def batched(t: Tensor, d: int | None) -> Tensor:
-        if d is None:
-            return t
-        t = t.movedim(d, 0)
-        return t.reshape(t.shape[0], *[1] * (rank - t.dim() + 1), *t.shape[1:])
 
-    x, *rest = [batched(t, d) for t, d in zip(tensors, dims, strict=True)]
-    return _forward_op(x, rest, chain, backend), 0
+def _operand_dims(dims: Any, operands: Sequence[Tensor]) -> list[int | None]:
+    return list(dims) if dims else [None] * len(operands)
+
+
+def _forward_vmap(
+    info: Any, dims: tuple[Any, ...], x: Tensor, operands: Sequence[Tensor], chain: str, backend: str
+) -> tuple[Tensor, int]:
+    x, *operands = _batched((x, *operands), (dims[0], *_operand_dims(dims[1], operands)))
+    return _forward_op(x, operands, chain, backend), 0
+
+
+def _backward_vmap(
+    info: Any,
+    dims: tuple[Any, ...],
+    gy: Tensor,
+    x: Tensor,
+    operands: Sequence[Tensor],
+    chain: str,
+    backend: str,
+    needs: Sequence[bool],
+) -> tuple[list[Tensor], list[int]]:
+    inputs = (x, *operands)
+    shapes = [
+        t.shape if d is None else t.movedim(d, 0).shape[1:]
+        for t, d in zip(inputs, (dims[1], *_operand_dims(dims[2], operands)), strict=True)
+    ]
+    gy, *batched = _batched((gy, *inputs), (dims[0], dims[1], *_operand_dims(dims[2], operands)))
+    # Every sample has a gradient of its own, also of an input that all samples share.
+    size = info.batch_size
+    x, *operands = [t.expand(size, *t.shape[1:]) for t in batched]
+    gy = gy.expand(size, *gy.shape[1:])
+    gradients = _backward_op(gy, x, operands, chain, backend, needs)
+    wanted = [shape for shape, need in zip(shapes, needs, strict=True) if need]
+    return [g.reshape(size, *shape) for g, shape in zip(gradients, wanted, strict=True)], [0] * len(gradients)
 
 
 for _key in ("CPU", "CUDA"):
@@ -159,4 +222,5 @@ _LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 _LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("dualop::forward", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("dualop::backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_vmap("dualop::forward", _vmap, lib=_LIBRARY)
+torch.library.register_vmap("dualop::forward", _forward_vmap, lib=_LIBRARY)
+torch.library.register_vmap("dualop::backward", _backward_vmap, lib=_LIBRARY)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dualop.errors import ChainError
 
+aten = torch.ops.aten
+
 Argument = float | str
 
 
@@ -35,6 +37,8 @@ class Stage:
     """One pointwise function.
 
     `reference(z, *arguments)` is the definition in torch; for an operand stage the argument is a tensor or a number.
+    `gradient(gy, z, *arguments)` is the gradient of z by torch's differentiable functions; for an operand stage the
+    pair of gradients of z and of the operand, not yet summed over what was broadcast.
     `example` is a chain of this stage alone that tests and benchmarks use. `problem(*arguments)` says what is wrong
     with arguments that parse, or None. `kernel(*arguments)` names the function in the kernel languages and the numbers
     that are compiled into it.
@@ -42,6 +46,7 @@ class Stage:
 
     name: str
     reference: Callable[..., Tensor]
+    gradient: Callable[..., Any]
     example: str
     parameters: tuple[Parameter, ...] = ()
     aliases: tuple[str, ...] = ()
@@ -91,81 +96,135 @@ def _number(name: str, default: float | None = None) -> Parameter:
     return Parameter(name, default)
 
 
-def _operand(name: str, reference: Callable[..., Tensor]) -> Stage:
-    return Stage(name, reference, name, (Parameter("operand", name),), operand=True)
+def _operand(name: str, reference: Callable[..., Tensor], gradient: Callable[..., tuple[Tensor, Tensor]]) -> Stage:
+    return Stage(name, reference, gradient, name, (Parameter("operand", name),), operand=True)
 
+
+def _kept(condition: Tensor, gy: Tensor) -> Tensor:
+    return torch.where(condition, gy, torch.zeros_like(gy))
+
+
+def _extremum(gy: Tensor, z: Tensor, b: Tensor | float, loses: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Tensor]:
+    share = torch.where(z == b, gy / 2, gy)
+    return _kept(~loses(z, b), share), _kept(~loses(-z, -b), share)
+
+
+def _clamp_gradient(gy: Tensor, z: Tensor, low: float, high: float) -> Tensor:
+    inside = (z >= low) & (z <= high) if clamp_gradient_at_bound() else (z > low) & (z < high)
+    return _kept(inside, gy)
+
+
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 
 _TABLE = (
     # Operand stages: the argument is a tensor's name, x, or a number.
-    _operand("add", lambda z, b: z + b),
-    _operand("sub", lambda z, b: z - b),
-    _operand("rsub", lambda z, b: b - z),
-    _operand("mul", lambda z, b: z * b),
-    _operand("div", lambda z, b: z / b),
-    _operand("minimum", lambda z, b: torch.minimum(z, _like(z, b))),
-    _operand("maximum", lambda z, b: torch.maximum(z, _like(z, b))),
+    _operand("add", lambda z, b: z + b, lambda g, z, b: (g, g)),
+    _operand("sub", lambda z, b: z - b, lambda g, z, b: (g, -g)),
+    _operand("rsub", lambda z, b: b - z, lambda g, z, b: (-g, g)),
+    _operand("mul", lambda z, b: z * b, lambda g, z, b: (g * b, g * z)),
+    _operand("div", lambda z, b: z / b, lambda g, z, b: (g / b, -g * (z / b) / b)),
+    _operand(
+        "minimum",
+        lambda z, b: torch.minimum(z, _like(z, b)),
+        lambda g, z, b: _extremum(g, z, b, lambda mine, other: mine > other),
+    ),
+    _operand(
+        "maximum",
+        lambda z, b: torch.maximum(z, _like(z, b)),
+        lambda g, z, b: _extremum(g, z, b, lambda mine, other: mine < other),
+    ),
     # Piecewise linear stages.
     Stage(
         "clamp",
         lambda z, low, high: z.clamp(None if low == -math.inf else low, None if high == math.inf else high),
+        _clamp_gradient,
         "clamp(-0.5, 0.75)",
         (_number("min", -math.inf), _number("max", math.inf)),
         problem=lambda low, high: "give min, max or both" if low == -math.inf and high == math.inf else None,
         constants=lambda low, high: (low, high, clamp_gradient_at_bound()),
     ),
-    Stage("relu", F.relu, "relu"),
-    Stage("relu6", F.relu6, "relu6"),
-    Stage("hardtanh", F.hardtanh, "hardtanh", (_number("min_val", -1.0), _number("max_val", 1.0)), problem=_bounds),
-    Stage("leaky_relu", F.leaky_relu, "leaky_relu", (_number("negative_slope", 0.01),)),
-    Stage("threshold", F.threshold, "threshold(0.5, 0.25)", (_number("threshold"), _number("value"))),
-    Stage("hardshrink", F.hardshrink, "hardshrink", (_number("lambd", 0.5),)),
+    Stage("relu", F.relu, lambda g, z: aten.threshold_backward(g, z, 0), "relu"),
+    Stage("relu6", F.relu6, lambda g, z: aten.hardtanh_backward(g, z, 0, 6), "relu6"),
+    Stage(
+        "hardtanh",
+        F.hardtanh,
+        aten.hardtanh_backward,
+        "hardtanh",
+        (_number("min_val", -1.0), _number("max_val", 1.0)),
+        problem=_bounds,
+    ),
+    Stage(
+        "leaky_relu",
+        F.leaky_relu,
+        lambda g, z, slope: aten.leaky_relu_backward(g, z, slope, False),
+        "leaky_relu",
+        (_number("negative_slope", 0.01),),
+    ),
+    Stage(
+        "threshold",
+        F.threshold,
+        lambda g, z, threshold, value: aten.threshold_backward(g, z, threshold),
+        "threshold(0.5, 0.25)",
+        (_number("threshold"), _number("value")),
+    ),
+    Stage("hardshrink", F.hardshrink, aten.hardshrink_backward, "hardshrink", (_number("lambd", 0.5),)),
     Stage(
         "softshrink",
         F.softshrink,
+        aten.softshrink_backward,
         "softshrink",
         (_number("lambd", 0.5),),
         problem=lambda lambd: "lambd must not be negative" if lambd < 0 else None,
     ),
-    Stage("hardsigmoid", F.hardsigmoid, "hardsigmoid"),
-    Stage("hardswish", F.hardswish, "hardswish"),
+    Stage("hardsigmoid", F.hardsigmoid, aten.hardsigmoid_backward, "hardsigmoid"),
+    Stage("hardswish", F.hardswish, aten.hardswish_backward, "hardswish"),
     # Smooth stages.
-    Stage("elu", F.elu, "elu", (_number("alpha", 1.0),)),
-    Stage("selu", F.selu, "selu"),
+    Stage(
+        "elu",
+        F.elu,
+        lambda g, z, alpha: aten.elu_backward(g, alpha, 1.0, 1.0, False, z),
+        "elu",
+        (_number("alpha", 1.0),),
+    ),
+    Stage("selu", F.selu, lambda g, z: aten.elu_backward(g, _SELU_ALPHA, _SELU_SCALE, 1.0, False, z), "selu"),
     Stage(
         "celu",
         F.celu,
+        lambda g, z, alpha: aten.elu_backward(g, alpha, 1.0, 1.0 / alpha, False, z),
         "celu(1.5)",
         (_number("alpha", 1.0),),
         problem=lambda alpha: "alpha must not be zero" if alpha == 0 else None,
     ),
-    Stage("sigmoid", torch.sigmoid, "sigmoid"),
-    Stage("silu", F.silu, "silu", aliases=("swish",)),
-    Stage("tanh", torch.tanh, "tanh"),
-    Stage("tanhshrink", F.tanhshrink, "tanhshrink"),
+    Stage("sigmoid", torch.sigmoid, lambda g, z: aten.sigmoid_backward(g, torch.sigmoid(z)), "sigmoid"),
+    Stage("silu", F.silu, aten.silu_backward, "silu", aliases=("swish",)),
+    Stage("tanh", torch.tanh, lambda g, z: aten.tanh_backward(g, torch.tanh(z)), "tanh"),
+    Stage("tanhshrink", F.tanhshrink, lambda g, z: g * torch.tanh(z).square(), "tanhshrink"),
     Stage(
         "softplus",
         F.softplus,
+        aten.softplus_backward,
         "softplus",
         (_number("beta", 1.0), _number("threshold", 20.0)),
         problem=lambda beta, threshold: "beta must not be zero" if beta == 0 else None,
     ),
-    Stage("logsigmoid", F.logsigmoid, "logsigmoid"),
-    Stage("mish", F.mish, "mish"),
-    Stage("softsign", F.softsign, "softsign"),
+    Stage("logsigmoid", F.logsigmoid, lambda g, z: g * torch.sigmoid(-z), "logsigmoid"),
+    Stage("mish", F.mish, aten.mish_backward, "mish"),
+    Stage("softsign", F.softsign, lambda g, z: g / (1 + z.abs()).square(), "softsign"),
     Stage(
         "gelu",
         lambda z, approximate: F.gelu(z, approximate=approximate),
+        lambda g, z, approximate: aten.gelu_backward(g, z, approximate=approximate),
         "gelu",
         (Parameter("approximate", "none", words=("none", "tanh")),),
         kernel_name=lambda approximate: "gelu_tanh" if approximate == "tanh" else "gelu",
     ),
     # Plain functions.
-    Stage("abs", torch.abs, "abs"),
-    Stage("neg", torch.neg, "neg"),
-    Stage("square", torch.square, "square"),
-    Stage("sqrt", torch.sqrt, "abs | sqrt"),
-    Stage("reciprocal", torch.reciprocal, "reciprocal"),
-    Stage("exp", torch.exp, "exp"),
+    Stage("abs", torch.abs, lambda g, z: g * z.sgn(), "abs"),
+    Stage("neg", torch.neg, lambda g, z: -g, "neg"),
+    Stage("square", torch.square, lambda g, z: g * (2 * z), "square"),
+    Stage("sqrt", torch.sqrt, lambda g, z: g / (2 * z.sqrt()), "abs | sqrt"),
+    Stage("reciprocal", torch.reciprocal, lambda g, z: -g * z.reciprocal().square(), "reciprocal"),
+    Stage("exp", torch.exp, lambda g, z: g * z.exp(), "exp"),
 )
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _TABLE}

@@ -35,6 +35,33 @@ def reference(chain: Chain, x: Tensor, operands: Sequence[Tensor] = ()) -> Tenso
     return y.clone() if y is x else y
 
 
+def reference_gradients(
+    chain: Chain, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of `reference` by each stage's own formula, for those of (x, *operands) that `needs` asks for.
+
+    Made of torch's differentiable functions and of no autograd, so that any transform may look into it.
+    """
+    tensors = (x, *operands)
+    wide = torch.float64 if gy.dtype == torch.float64 else torch.float32
+    values = dict(zip(("x", *chain.operands), (t.to(wide) for t in tensors), strict=True))
+    steps, z = [], values["x"]
+    for call in chain.calls:
+        arguments = [values[call.operand]] if isinstance(call.operand, str) else call.arguments
+        steps.append((call, z, arguments))
+        z = call.stage.reference(z, *arguments)
+    given: dict[str, list[Tensor]] = {name: [] for name in values}
+    g = gy.to(wide)
+    for call, z, arguments in reversed(steps):
+        gradient = call.stage.gradient(g, z, *arguments)
+        g = gradient[0] if call.stage.operand else gradient
+        if isinstance(call.operand, str):
+            given[call.operand].append(gradient[1])
+    given["x"].append(g)
+    sums = [sum(terms[1:], terms[0]) for terms in given.values()]
+    return [s.sum_to_size(t.shape).to(t.dtype) for s, t, need in zip(sums, tensors, needs, strict=True) if need]
+
+
 class Reference:
     """Runs everywhere, as fast as torch's own functions."""
 
