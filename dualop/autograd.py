@@ -10,7 +10,8 @@ custom_op with register_autograd (torch.func.grad fails, forward mode silently g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -71,11 +72,8 @@ def _backward_fake(
     gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
     y = _forward_fake(x, operands, chain, backend)
-    return [
-        torch.empty_like(y, dtype=t.dtype) if t.shape == y.shape else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t, need in zip((x, *operands), needs, strict=True)
-        if need
-    ]
+    wanted = [t for t, need in zip((x, *operands), needs, strict=True) if need]
+    return [torch.empty_like(y, dtype=t.dtype) if t.shape == y.shape else t.new_empty(t.shape) for t in wanted]
 
 
 class ChainFunction(torch.autograd.Function):
@@ -91,8 +89,7 @@ class ChainFunction(torch.autograd.Function):
         if not _are_functorch_transforms_active():
             with _BelowAutograd():
                 return _call(op, arguments, tensors)
-        # apply() switched gradients off, but the outer levels of functorch need them.
-        with torch.enable_grad(), _set_fwd_grad_enabled(True), _BelowAutograd():
+        with _outer_levels():
             return _call(op, arguments, tensors)
 
     @staticmethod
@@ -108,8 +105,8 @@ class ChainFunction(torch.autograd.Function):
             x, *operands = ctx.saved_tensors
             wanted = _backward_op(cotangents[0], x, operands, *ctx.arguments, needs)
         else:
-            _, pullback = torch.func.vjp(_reference_gradients(*ctx.arguments), *ctx.saved_tensors)
-            wanted = [g for g, need in zip(pullback(cotangents), needs, strict=True) if need]
+            outputs = torch.func.vjp(_reference_gradients(*ctx.arguments), *ctx.saved_tensors)
+            wanted = [g for g, need in zip(outputs[1](cotangents), needs, strict=True) if need]
         gradients = iter(wanted)
         return None, None, *[next(gradients) if need else None for need in needs]
 
@@ -120,8 +117,17 @@ class ChainFunction(torch.autograd.Function):
         x, *operands = torch.broadcast_tensors(*ctx.saved_tensors)
         y = _forward_fake(x, operands, *ctx.arguments)
         derivatives = _backward_op(torch.ones_like(y), x, operands, *ctx.arguments, [t is not None for t in tangents])
-        terms = [d * t for d, t in zip(derivatives, [t for t in tangents if t is not None], strict=True)]
-        return sum(terms[1:], terms[0]).to(y.dtype)
+        # Reverse over forward mode of one level needs the products in its graph, functorch has a level for each.
+        with _outer_levels() if _are_functorch_transforms_active() else nullcontext():
+            terms = [d * t for d, t in zip(derivatives, [t for t in tangents if t is not None], strict=True)]
+            return sum(terms[1:], terms[0]).to(y.dtype)
+
+
+@contextmanager
+def _outer_levels() -> Iterator[None]:
+    """Continue at functorch's next level, whose gradients and tangents this level's apply() switched off."""
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), _BelowAutograd():
+        yield
 
 
 def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ class View:
         if self.kind == COLUMN:
             return row_programs, 1, 1, cols
         outer = rows // (self.div * self.mod)
-        return (outer, self.mod, self.div, cols) if self.kind & COLUMN else (outer, self.mod, self.div * col_programs, 1)
+        if self.kind & COLUMN:
+            return outer, self.mod, self.div, cols
+        return outer, self.mod, self.div * col_programs, 1
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,19 @@ class Layout:
         shape = self.views[index].sum_shape(self.rows, self.cols, row_programs, col_programs)
         return torch.empty(math.prod(shape), dtype=self.accumulator, device=device)
 
-    def sum_expanded(self, partial: Tensor, like: Tensor) -> Tensor:
-        """The gradient of an expanded input from its values at every element of the result."""
-        whole = partial[: self.total].as_strided(self.shape, self.strides)
-        return whole.sum_to_size(like.shape).to(like.dtype)
+    def finished(
+        self, gradients: Sequence[Tensor | None], partials: Sequence[Tensor | None], tensors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The wanted gradients as autograd takes them, once the kernels have written gradients and partial sums."""
+        done = []
+        for view, gradient, partial, tensor in zip(self.views, gradients, partials, tensors, strict=True):
+            if view.expanded and partial is not None:
+                whole = partial[: self.total].as_strided(self.shape, self.strides)
+                gradient = whole.sum_to_size(tensor.shape).to(tensor.dtype)
+            if gradient is not None:
+                whole_size = gradient.shape == self.shape
+                done.append((gradient if whole_size else gradient.contiguous()).to(tensor.device))
+        return done
 
     def readable(self, index: int, tensor: Tensor) -> Tensor:
         """The tensor as the kernel reads it: itself, or a copy where the view asks for one."""
@@ -132,11 +144,12 @@ def device_of(x: Tensor, operands: Sequence[Tensor]) -> torch.device:
     return device
 
 
-def validate(x: Tensor, operands: Sequence[Tensor], names: Sequence[str]) -> None:
+def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
     """Raise OperandError, DtypeError, ShapeError or DeviceError, naming the tensor, if the call makes no sense."""
     for name, tensor in zip(("x", *names), (x, *operands), strict=True):
         if not isinstance(tensor, Tensor):
-            raise OperandError(f"{name} must be a tensor, not {type(tensor).__name__}; write a number in the chain's text")
+            kind = type(tensor).__name__
+            raise OperandError(f"{name} must be a tensor, not {kind}; write a number in the chain's text")
         if tensor.dtype not in DTYPES:
             takes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise DtypeError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; a chain takes {takes}")

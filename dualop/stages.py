@@ -72,7 +72,8 @@ def argument_text(argument: Argument) -> str:
     """The shortest text that parses to the same argument: -1, 0.5, 1e-05, inf, "tanh"."""
     if isinstance(argument, str):
         return f'"{argument}"'
-    return str(int(argument)) if argument.is_integer() and abs(argument) < 1e6 and str(argument) != "-0.0" else repr(argument)
+    whole = argument.is_integer() and abs(argument) < 1e6 and str(argument) != "-0.0"
+    return str(int(argument)) if whole else repr(argument)
 
 
 @lru_cache(maxsize=1)
@@ -265,7 +266,9 @@ def call(name: str, *positional: Any, **keywords: Any) -> Call:
         raise ChainError(f"unknown stage {name!r}{_nearest(name)}; `dualop stages` lists them all")
     parameters = stage.parameters
     if len(positional) > len(parameters):
-        raise ChainError(f"{name} takes {stage.signature}: at most {len(parameters)} arguments, {len(positional)} given")
+        raise ChainError(
+            f"{name} takes {stage.signature}, so at most {len(parameters)} arguments, not {len(positional)}"
+        )
     given: dict[str, Any] = {p.name: value for p, value in zip(parameters, positional, strict=False)}
     for keyword, value in keywords.items():
         if keyword not in {p.name for p in parameters}:

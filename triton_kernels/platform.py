@@ -43,7 +43,8 @@ if INTERPRETED:
             return z.to(dtype)
         values = z.to(tl.float32).handle.data
         bits = values.view(np.uint32)
-        bits = np.where(np.isnan(values), 0x7FC00000, (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        bits = np.where(np.isnan(values), 0x7FC00000, rounded).astype(np.uint32)
         return tl.core.tensor(TensorHandle(bits.view(np.float32), tl.float32), z.to(tl.float32).type)
 
 else:

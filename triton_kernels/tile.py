@@ -84,9 +84,7 @@ def reduced(gradient, mask, KIND: tl.constexpr):
 
 
 @triton.jit
-def write_partial(
-    pointer, sums, row, column, rows, cols, row_program, col_program, col_programs, KIND: tl.constexpr
-):
+def write_partial(pointer, sums, row, column, rows, cols, row_program, col_program, col_programs, KIND: tl.constexpr):
     """Leave a program's partial sums where the sum kernel finds them."""
     if COLUMN & KIND:
         tl.store(pointer + row_program * cols + column, sums, column < cols)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dualop import build
 from dualop.backends.mode import CPU_REASON, INTERPRET
-from dualop.chains import Chain, parse
+from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
 from dualop.launch import Grid, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, FULL, ROW, WRAP, Layout, device_of, layout
@@ -29,6 +29,8 @@ from dualop.sources import cuda_header
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
 THREADS, UNROLL = 256, 4  # as in cuda/view.cuh
 PROGRAMS_PER_SM = 8
+
+_missing_tools = lru_cache(maxsize=2)(build.missing_tools)
 
 Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...]]
 
@@ -39,7 +41,8 @@ def source(chain: Chain, signature: Signature, host: bool) -> str:
     stages = ",\n    ".join(_stage(call, chain) for call in chain.calls)
     kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
     return (
-        f"{cuda_header('library.cuh', host)}\n// {chain}\nnamespace dualop {{\nusing TheChain = Chain<\n    {stages}>;\n"
+        f"{cuda_header('library.cuh', host)}\n"
+        f"// {chain}\nnamespace dualop {{\nusing TheChain = Chain<\n    {stages}>;\n"
         f"using TheProblem = Problem<TheChain, {C_TYPES[dtype]}{kinds}>;\n}}\nDUALOP_LIBRARY(dualop::TheProblem)\n"
     )
 
@@ -69,12 +72,14 @@ def _kind(kind: int) -> str:
     return " | ".join((*names, *(("WRAP",) if kind & WRAP else ()))) or "0"
 
 
-def _build(chain: Chain, signature: Signature, host: bool) -> build.Build:
-    return build.Build("host" if host else "cuda", source(chain, signature, host), host)
+def _build(chain: Chain, signature: Signature, device: torch.device) -> build.Build:
+    host = device.type == "cpu"
+    arch = None if host else torch.cuda.get_device_capability(device)
+    return build.Build("host" if host else "cuda", source(chain, signature, host), host, arch)
 
 
-def _signature(view: Layout, tensors: Iterable[Tensor]) -> Signature:
-    return view.dtype, tuple((t.dtype, v.kind) for t, v in zip(tensors, view.views, strict=True))
+def _signature(view: Layout, dtypes: Iterable[torch.dtype]) -> Signature:
+    return view.dtype, tuple((t, v.kind) for t, v in zip(dtypes, view.views, strict=True))
 
 
 def prepare(calls: Iterable[tuple[Chain, Tensor, Sequence[Tensor]]], progress: Any = None) -> None:
@@ -85,24 +90,20 @@ def prepare(calls: Iterable[tuple[Chain, Tensor, Sequence[Tensor]]], progress: A
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
-    wanted = {}
+    wanted: dict[build.Build, None] = {}
     for chain, x, operands in calls:
-        signature = _signature(layout(x, operands), (x, *operands))
-        wanted[chain.text, signature, device_of(x, operands).type == "cpu"] = None
-    missing = [w for w in wanted if _build(parse(w[0]), w[1], w[2]).try_load() is None]
+        signature = _signature(layout(x, operands), [t.dtype for t in (x, *operands)])
+        wanted[_build(chain, signature, device_of(x, operands))] = None
+    missing = [w for w in wanted if w.try_load() is None]
     if not missing:
         return
     with ProcessPoolExecutor(min(len(missing), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_build_in_process, _build(parse(text), s, host)) for text, s, host in missing]
-        for done, future in enumerate(as_completed(futures), 1):
+        futures = [pool.submit(build.Build.build, one) for one in missing]
+        for done, _ in enumerate(as_completed(futures), 1):
             if progress:
                 progress(done, len(missing))
     for future in futures:
         future.result()
-
-
-def _build_in_process(wanted: build.Build) -> None:
-    wanted.build()
 
 
 @dataclass
@@ -131,9 +132,8 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _plan(chain: Chain, view: Layout, dtypes: tuple[torch.dtype, ...], host: bool) -> Plan:
-    signature = view.dtype, tuple((t, v.kind) for t, v in zip(dtypes, view.views, strict=True))
-    library = _build(chain, signature, host).load()
+def _plan(chain: Chain, view: Layout, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Plan:
+    library = _build(chain, _signature(view, dtypes), device).load()
     for launcher in (library.dualop_forward, library.dualop_backward):
         launcher.argtypes, launcher.restype = [ctypes.c_char_p], ctypes.c_int
     library.dualop_error_text.argtypes, library.dualop_error_text.restype = [ctypes.c_int], ctypes.c_char_p
@@ -150,14 +150,19 @@ class Cuda:
         return INTERPRET
 
     def environment(self) -> list[str]:
-        return _environment()
+        if INTERPRET:
+            return _missing_tools(True)
+        if not torch.cuda.is_available():
+            no_gpu = "no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels on CPU tensors"
+            return [no_gpu, *_missing_tools(False)]
+        return _missing_tools(False)
 
     def reasons(self, chain: Chain, device: torch.device) -> list[str]:
         if device.type == "cpu":
-            return (_compilers(True) or []) if INTERPRET else [CPU_REASON]
+            return _missing_tools(True) if INTERPRET else [CPU_REASON]
         if device.type != "cuda":
             return [f"has no kernels for {device.type} tensors"]
-        return [] if not (missing := _compilers(False)) else missing
+        return _missing_tools(False)
 
     def source(self, chain: Chain) -> str:
         return source(chain, (torch.float32, _plain_inputs(chain)), host=False)
@@ -168,7 +173,7 @@ class Cuda:
         y = view.output(device)
         if view.total:
             inputs = _readable(view, tensors, device)
-            plan = _plan(chain, view, tuple(t.dtype for t in tensors), device.type == "cpu")
+            plan = _plan(chain, view, tuple(t.dtype for t in tensors), device)
             vector = _aligned(view, plan.wide, (y, *inputs))
             _launch(plan, False, vector, device, y.data_ptr(), 0, _words(view, inputs))
         return y
@@ -183,7 +188,7 @@ class Cuda:
         inputs = _readable(view, tensors, device)
         if gy.stride() != view.strides or gy.dtype != view.dtype:
             gy = view.output(device).copy_(gy)
-        plan = _plan(chain, view, tuple(t.dtype for t in tensors), device.type == "cpu")
+        plan = _plan(chain, view, tuple(t.dtype for t in tensors), device)
         gradients = [
             view.gradient(i, t, device) if need and not v.expanded else None
             for i, (t, need, v) in enumerate(zip(tensors, needs, view.views, strict=True))
@@ -199,13 +204,10 @@ class Cuda:
             v, gradient, partial = view.views[i], gradients[i], partials[i]
             written = partial if partial is not None else gradient
             summed = gradient if partial is not None else None
-            shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs) if v.reduced else (0, 0, 0, 0)
+            shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
             words += (tensor.data_ptr(), v.div, v.mod, v.row_stride, _address(written), _address(summed), *shape)
         _launch(plan, True, vector, device, 0, gy.data_ptr(), words)
-        for i, v in enumerate(view.views):
-            if needs[i] and v.expanded:
-                gradients[i] = view.sum_expanded(partials[i], tensors[i])
-        return [g.to(t.device) for g, t in zip(gradients, tensors, strict=True) if g is not None]
+        return view.finished(gradients, partials, tensors)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -251,24 +253,3 @@ def _launch(plan: Plan, backward: bool, vector: bool, device: torch.device, y: i
     if error:
         text = plan.library.dualop_error_text(error).decode()
         raise BackendUnavailable(f"the CUDA kernel could not be launched on {device}: {text}")
-
-
-@lru_cache(maxsize=2)
-def _compilers(host: bool) -> list[str]:
-    """What is missing to build; empty also where libraries may lie in the cache, since loading needs no compiler."""
-    missing = []
-    if build.find_cxx() is None:
-        missing.append("no C++ compiler: install g++")
-    if build.find_ninja() is None:
-        missing.append("no ninja: pip install ninja")
-    if not host and build.cuda_home() is None:
-        missing.append("no nvcc: install the CUDA toolkit, or set CUDA_HOME to the folder that has bin/nvcc")
-    return missing
-
-
-def _environment() -> list[str]:
-    if INTERPRET:
-        return _compilers(True)
-    if not torch.cuda.is_available():
-        return ["no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels on CPU tensors", *_compilers(False)]
-    return _compilers(False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -23,8 +22,10 @@ def evaluate(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
 
 def result_dtype(x: Tensor, operands: Sequence[Tensor]) -> torch.dtype:
     """What torch promotes `x + operand + ...` to."""
-    empty = [torch.empty([0] * min(t.dim(), 1), dtype=t.dtype, device="meta") for t in (x, *operands)]
-    return reduce(torch.result_type, empty[1:], empty[0]) if len(empty) == 1 else sum(empty[1:], empty[0]).dtype
+    result, *more = [torch.empty([0] * min(t.dim(), 1), dtype=t.dtype, device="meta") for t in (x, *operands)]
+    for empty in more:
+        result = result + empty
+    return result.dtype
 
 
 def reference(chain: Chain, x: Tensor, operands: Sequence[Tensor] = ()) -> Tensor:

@@ -130,13 +130,10 @@ class Triton:
         mask = sum(1 << i for i, need in enumerate(needs) if need)
         arguments = (gy, *written, *_arguments(view, tensors, device))
         _launch(module.backward_kernel, arguments, view, grid, device, NEEDS=mask)
-        for i, (v, partial) in enumerate(zip(view.views, partials, strict=True)):
-            gradient = gradients[i]
-            if v.expanded and partial is not None:
-                gradients[i] = view.sum_expanded(partial, tensors[i])
-            elif partial is not None and gradient is not None:
+        for v, partial, gradient in zip(view.views, partials, gradients, strict=True):
+            if partial is not None and gradient is not None:
                 _sum(partial, gradient, v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs), device)
-        return [g.to(t.device) for g, t in zip(gradients, tensors, strict=True) if g is not None]
+        return view.finished(gradients, partials, tensors)
 
 
 def _tile(view: Layout) -> tuple[int, int]:
@@ -194,5 +191,5 @@ def _missing() -> list[str]:
     except PackageNotFoundError:
         return ["no triton: pip install triton (it is packaged for Linux)"]
     if TRITON_TOO_EARLY:
-        return ["triton was imported before dualop, without its interpreter: import dualop first or set TRITON_INTERPRET=1"]
+        return ["triton was imported first, without its interpreter: import dualop before it or set TRITON_INTERPRET=1"]
     return []
