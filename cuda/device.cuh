@@ -125,8 +125,17 @@ template <int bytes> DUALOP_FUN Bytes<bytes> load_raw(const void* from) {
     return result;
 }
 
+// In PTX, since the compiler splits a store of uint4 into four where it also sees the store of a single element.
 template <int bytes> DUALOP_FUN void store_raw(void* to, Bytes<bytes> value) {
-    *static_cast<typename Bytes<bytes>::Vector*>(to) = raw::get(value);
+    const auto& w = value.word;
+    if constexpr (bytes == 16) {
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                     :: "l"(to), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+    } else if constexpr (bytes == 8) {
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" :: "l"(to), "r"(w[0]), "r"(w[1]) : "memory");
+    } else {
+        *static_cast<typename Bytes<bytes>::Vector*>(to) = raw::get(value);
+    }
 }
 
 // ---- launching ------------------------------------------------------------------------------------------------------

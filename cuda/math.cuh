@@ -9,8 +9,11 @@
 
 namespace dualop::math {
 
-constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
-constexpr double sqrt_half = 0.7071067811865476, inverse_sqrt_2pi = 0.3989422804014327;
+// Templates, so that a chain that uses none of them draws no warning.
+template <class T> constexpr T log2_e = T(1.4426950408889634);
+template <class T> constexpr T ln_2 = T(0.6931471805599453);
+template <class T> constexpr T sqrt_half = T(0.7071067811865476);
+template <class T> constexpr T inverse_sqrt_2pi = T(0.3989422804014327);
 
 template <int bits> constexpr bool lean = bits <= 11;
 
@@ -21,7 +24,7 @@ template <int bits, class T> DUALOP_FUN T rcp(T z) {
 
 template <int bits, class T> DUALOP_FUN T exp(T z) {
     if constexpr (bits == 53) return ::exp(z);
-    else if constexpr (lean<bits>) return ex2_approx(z * static_cast<float>(log2_e));
+    else if constexpr (lean<bits>) return ex2_approx(z * log2_e<T>);
     else return ::expf(z);
 }
 
@@ -39,7 +42,7 @@ template <int bits, class T> DUALOP_FUN T expm1(T z) {
 template <int bits, class T> DUALOP_FUN T log1p(T z) {
     if constexpr (bits == 53) return ::log1p(z);
     else if constexpr (!lean<bits>) return ::log1pf(z);
-    else return z < 0.01f ? z - 0.5f * z * z : lg2_approx(1.0f + z) * static_cast<float>(ln_2);
+    else return z < 0.01f ? z - 0.5f * z * z : lg2_approx(1.0f + z) * ln_2<T>;
 }
 
 template <int bits, class T> DUALOP_FUN T sigmoid(T z) { return rcp<bits>(T(1) + exp<bits>(-z)); }
@@ -62,15 +65,15 @@ template <int bits, class T> DUALOP_FUN T sech2(T z) {
 }
 
 // The density of the normal distribution.
-template <int bits, class T> DUALOP_FUN T normpdf(T z) { return T(inverse_sqrt_2pi) * exp<bits>(T(-0.5) * z * z); }
+template <int bits, class T> DUALOP_FUN T normpdf(T z) { return inverse_sqrt_2pi<T> * exp<bits>(T(-0.5) * z * z); }
 
 // The distribution function of the normal distribution, (1 + erf(z / sqrt(2))) / 2. The lean form is Abramowitz and
 // Stegun's 7.1.26 for erfc(|z| / sqrt(2)), off by at most 1.5e-7.
 template <int bits, class T> DUALOP_FUN T normcdf(T z) {
-    if constexpr (bits == 53) return 0.5 * ::erfc(-z * sqrt_half);
-    else if constexpr (!lean<bits>) return 0.5f * ::erfcf(-z * static_cast<float>(sqrt_half));
+    if constexpr (bits == 53) return 0.5 * ::erfc(-z * sqrt_half<T>);
+    else if constexpr (!lean<bits>) return 0.5f * ::erfcf(-z * sqrt_half<T>);
     else {
-        const float t = rcp<bits>(1.0f + 0.3275911f * static_cast<float>(sqrt_half) * ::fabsf(z));
+        const float t = rcp<bits>(1.0f + 0.3275911f * sqrt_half<T> * ::fabsf(z));
         const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
         const float tail = 0.5f * p * exp<bits>(-0.5f * z * z);
         return z < 0.0f ? tail : 1.0f - tail;

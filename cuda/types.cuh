@@ -36,6 +36,7 @@ DUALOP_FUN unsigned short pack_one(float x, float16) { return to_f16(x); }
 template <class T, int n> struct Pack {
     static constexpr int bytes = n * static_cast<int>(sizeof(T)), chunk = bytes < 16 ? bytes : 16;
     static constexpr int per_chunk = chunk / static_cast<int>(sizeof(T));
+    using Wide = typename Select<sizeof(T) == 8, double, float>::type;
     Bytes<chunk> part[bytes / chunk];
 
     // Elements from `valid` on are neither read nor written: they are zero after a load.
@@ -45,19 +46,19 @@ template <class T, int n> struct Pack {
             for (int i = 0; i < bytes / chunk; i++) part[i] = load_raw<chunk>(from + i * per_chunk);
             return;
         }
-        double zero[n] = {};
-        pack(zero);
+        Wide all[n] = {};
+        pack(all);
         if constexpr (n > 1) {
 #pragma unroll
             for (int i = 0; i < n; i++) {
                 if (i >= valid) continue;
                 Pack<T, 1> one;
                 one.part[0] = load_raw<sizeof(T)>(from + i);
-                double got[1];
+                Wide got[1];
                 one.unpack(got);
-                zero[i] = got[0];
+                all[i] = got[0];
             }
-            pack(zero);
+            pack(all);
         }
     }
 
@@ -66,12 +67,12 @@ template <class T, int n> struct Pack {
 #pragma unroll
             for (int i = 0; i < bytes / chunk; i++) store_raw<chunk>(to + i * per_chunk, part[i]);
         } else if constexpr (n > 1) {
-            double all[n];
+            Wide all[n];
             unpack(all);
 #pragma unroll
             for (int i = 0; i < n; i++) {
                 if (i >= valid) continue;
-                double element[1] = {all[i]};
+                Wide element[1] = {all[i]};
                 Pack<T, 1> one;
                 one.pack(element);
                 store_raw<sizeof(T)>(to + i, one.part[0]);

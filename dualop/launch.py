@@ -27,6 +27,15 @@ class Grid:
     col_step: int = 0
 
     @property
+    def program_rows(self) -> int:
+        """Rows that a program covers with all its tiles."""
+        return self.row_step * self.steps or self.tile_rows
+
+    @property
+    def program_cols(self) -> int:
+        return self.col_step * self.steps or self.tile_cols
+
+    @property
     def programs(self) -> int:
         return self.row_programs * self.col_programs
 

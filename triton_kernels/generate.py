@@ -20,6 +20,7 @@ import triton.language as tl
 
 from {package} import stages
 from {package}.math import number
+from {package}.platform import count
 from {package}.tile import inside, place, read, reduced, write, write_partial, zeros
 '''
 
@@ -87,13 +88,14 @@ def _kernels(kinds: Sequence[int]) -> str:
         for i, kind in enumerate(kinds)
     ]
     inputs = ", ".join(f"in{i}" for i in count)
-    shape = "rows, cols, total, col_programs, steps, row_step, col_step"
+    # Plain numbers that Triton sees to be multiples of 16, so that it moves 16 bytes at once.
+    shape = "rows, cols, total, col_programs, program_rows, program_cols, steps, row_step, col_step"
     options = "FOLDED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BITS: tl.constexpr"
     start = [
         "row_program = (tl.program_id(0) // col_programs).to(tl.int64)",
         "col_program = (tl.program_id(0) % col_programs).to(tl.int64)",
-        "first_row = row_program * tl.where(row_step > 0, row_step * steps, BLOCK_ROWS)",
-        "first_column = col_program * tl.where(col_step > 0, col_step * steps, BLOCK_COLS)",
+        "first_row = row_program * program_rows",
+        "first_column = col_program * program_cols",
     ]
     tile = [
         "row, column = place(first_row + step * row_step, first_column + step * col_step, BLOCK_ROWS, BLOCK_COLS)",
@@ -118,7 +120,7 @@ def _kernels(kinds: Sequence[int]) -> str:
         "@triton.jit",
         f"def forward_kernel(y, {views}, {shape}, {options}):",
         *(f"    {line}" for line in start),
-        "    for step in range(steps):",
+        "    for step in range(count(steps)):",
         *(f"        {line}" for line in tile),
         f"        write(y, row * cols + column, chain_forward({inputs}, BITS), mask)",
         "",
@@ -126,7 +128,7 @@ def _kernels(kinds: Sequence[int]) -> str:
         "@triton.jit",
         f"def backward_kernel(gy, {outs}, {views}, {shape}, NEEDS: tl.constexpr, {options}):",
         *(f"    {line}" for line in (*start, *sums)),
-        "    for step in range(steps):",
+        "    for step in range(count(steps)):",
         *(f"        {line}" for line in tile),
         "        gradient = read(gy, 1, 1, cols, row, column, rows, cols, mask, 3, BITS)",
         f"        {gradients} = chain_backward({inputs}, gradient, BITS)",

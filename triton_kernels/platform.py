@@ -37,6 +37,10 @@ if INTERPRETED:
     rcp_approx = _on_values(lambda v: _flush(1 / _flush(v)))
     tanh_approx = _on_values(np.tanh)
 
+    def count(n):
+        """A number of iterations: the interpreter of Triton 3.6 cannot make an int of its scalars itself."""
+        return int(n.handle.data.item()) if isinstance(n, tl.core.tensor) else int(n)
+
     def round_to(z, dtype):
         """float32 as the interpreter has to store it: it truncates to bfloat16, so round to nearest even here."""
         if dtype != tl.bfloat16:
@@ -71,6 +75,10 @@ else:
     @triton.jit
     def tanh_approx(z):
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def count(n):
+        return n
 
     @triton.jit
     def round_to(z, dtype: tl.constexpr):

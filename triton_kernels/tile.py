@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .platform import round_to
+from .platform import count, round_to
 
 COLUMN = tl.constexpr(1)
 ROW = tl.constexpr(2)
@@ -102,7 +102,7 @@ def sum_kernel(partial, out, outer, kept, inner, columns, BLOCK_TERMS: tl.conste
     k = output // columns
     n = output % columns
     sums = tl.zeros([BLOCK_TERMS, BLOCK_OUT], tl.float64)
-    for start in range(0, outer * inner, BLOCK_TERMS):
+    for start in range(0, count(outer * inner), BLOCK_TERMS):
         t = start + term
         offset = (((t // inner) * kept + k) * inner + t % inner) * columns + n
         mask = (t < outer * inner) & (output < kept * columns)

@@ -152,11 +152,13 @@ def _arguments(view: Layout, tensors: Sequence[Tensor], device: torch.device) ->
 
 
 def _launch(kernel: Any, arguments: Sequence[Any], view: Layout, grid: Grid, device: torch.device, **more: int) -> None:
-    shape = (view.rows, view.cols, view.total, grid.col_programs, grid.steps, grid.row_step, grid.col_step)
+    shape = (view.rows, view.cols, view.total, grid.col_programs, grid.program_rows, grid.program_cols)
+    walk = (grid.steps, grid.row_step, grid.col_step)
     with _on(device):
         kernel[(grid.programs,)](
             *arguments,
             *shape,
+            *walk,
             **more,
             FOLDED=view.total != view.rows * view.cols,
             BLOCK_ROWS=grid.tile_rows,
