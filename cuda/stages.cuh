@@ -226,7 +226,7 @@ struct mish {
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         const T near = min_nan(z, T(20)), e = math::exp<bits>(near), n = e * (e + T(2)), r = math::rcp<bits>(n + T(2));
-        return gy * (n * r + T(4) * near * e * (T(1) + e) * (r * r));
+        return gy * (n * r + near * (T(4) * e * (T(1) + e) * (r * r)));
     }
 };
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -78,11 +79,18 @@ def argument_text(argument: Argument) -> str:
 
 @lru_cache(maxsize=1)
 def clamp_gradient_at_bound() -> float:
-    """1.0 or 0.0: clamp's derivative at its own bounds, which differs between releases of torch."""
-    with torch.enable_grad():
+    """1.0 or 0.0: clamp's derivative at its own bounds, which differs between releases of torch.
+
+    Asked in a thread of its own: the calling one may be inside an op, a transform or a fake mode.
+    """
+
+    def ask() -> float:
         bound = torch.ones((), requires_grad=True)
         (gradient,) = torch.autograd.grad(bound.clamp(-1, 1), bound)
-    return gradient.item()
+        return gradient.item()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()
 
 
 def _like(z: Tensor, other: Tensor | float) -> Tensor:

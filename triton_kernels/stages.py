@@ -316,7 +316,7 @@ def mish_backward(z, gy, BITS: tl.constexpr):
     e = math.exp(near, BITS)
     n = e * (e + 2.0)
     r = math.rcp(n + 2.0, BITS)
-    return gy * (n * r + 4.0 * near * e * (1.0 + e) * (r * r))
+    return gy * (n * r + near * (4.0 * e * (1.0 + e) * (r * r)))
 
 
 @triton.jit

@@ -1,0 +1,75 @@
+# `make bench` and `make test` do everything on a fresh machine: they set up .venv, then run.
+# A second run installs nothing until pyproject.toml changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Installed only where the venv sees no torch; a GPU build that is there already stays.
+TORCH  ?= torch==2.13.0
+CHECK  ?=
+BENCH  ?= --backend all
+PYTEST ?= -n 2 --dist worksteal
+
+PY       := $(VENV)/bin/python
+PIP      := $(PY) -m pip --disable-pip-version-check -qq
+KEY      := $(shell cksum < pyproject.toml | cut -d' ' -f1)
+RUNTIME  := $(VENV)/.runtime-$(KEY)
+TESTING  := $(VENV)/.testing-$(KEY)
+TRITON36 := .venv-triton36
+
+export DUALOP_CACHE_DIR ?= $(CURDIR)/.cache/dualop
+
+.PHONY: test test-gpu bench lint venv clean
+.DEFAULT_GOAL := test
+
+test: lint $(TRITON36)/.installed
+	DUALOP_INTERPRET=1 DUALOP_TRITON36=$(CURDIR)/$(TRITON36) $(PY) -m pytest $(PYTEST) -m "not gpu"
+
+# For a machine with a GPU where nothing can be installed: the python3 that is there, no venv.
+test-gpu:
+	env -u DUALOP_INTERPRET PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+
+bench: $(RUNTIME)
+	$(PY) -m dualop check $(CHECK)
+	$(PY) -m dualop bench $(BENCH)
+
+lint: $(TESTING)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+venv: $(TESTING)
+
+# A python3 that has a CUDA build of torch lends its packages to the venv: pip then installs what is missing and no other
+# torch. Where that python3 is a venv's own, --system-site-packages means the packages below it, hence the .pth file.
+$(RUNTIME): | pyproject.toml
+	@$(PY) -c "" 2>/dev/null || $(MAKE) --no-print-directory fresh-venv
+	@$(PY) -c "import torch" 2>/dev/null || { echo "installing $(TORCH)"; $(PIP) install "$(TORCH)"; }
+	@echo "installing dualop and what it needs"
+	@$(PIP) install "setuptools>=77"
+	@$(PIP) install --no-build-isolation -e .
+	@touch $@
+
+.PHONY: fresh-venv
+fresh-venv:
+	@$(PYTHON) -c "import sys; sys.version_info < (3, 10) and sys.exit('dualop needs Python 3.10 or newer')"
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.version.cuda)" 2>/dev/null; then \
+	    echo "making $(VENV) with the packages of $(PYTHON)"; \
+	    $(PYTHON) -m venv --clear --system-site-packages $(VENV) && \
+	    $(PYTHON) -c "import sys; print(*(p for p in sys.path if p.endswith('-packages')), sep='\n')" \
+	        > "$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/lent.pth"; \
+	else echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
+
+$(TESTING): $(RUNTIME)
+	@echo "installing what the tests need"
+	@$(PIP) install --no-build-isolation -e ".[test]"
+	@touch $@
+
+# The kernels are compiled with the oldest supported Triton too; it lies aside, so that the newest stays in the venv.
+$(TRITON36)/.installed: | $(RUNTIME)
+	@echo "installing triton 3.6.0 into $(TRITON36)"
+	@rm -rf $(TRITON36)
+	@$(PIP) install --no-deps --target $(TRITON36) triton==3.6.0
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(TRITON36) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
