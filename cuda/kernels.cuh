@@ -130,7 +130,7 @@ template <class R, class... Inputs> struct Sums {
 template <class R, class First, class... Rest> struct Sums<R, First, Rest...> {
     DUALOP_FUN static void run(const View* view, int input) {
         if (input > 0) return Sums<R, Rest...>::run(view + 1, input - 1);
-        if constexpr (First::kind != FULL) {
+        if constexpr ((First::kind & ~SPLIT) != FULL) {
             if (view->sum != nullptr) sum_partials<R, typename First::type>(*view);
         }
     }

@@ -1,14 +1,15 @@
 // Inputs and their gradients as a thread sees them: `unroll` rows, blockDim.y apart, of `vec` neighbouring columns.
 //
-// At row r and column c an input's element is data[(r / div % mod) * row_stride + c]; its kind says which terms there
-// are (dualop/layout.py makes the views). What varies along neither is loaded once, what varies along the columns only
+// At row r and column c an input's element is
+//     data[(r / div % mod) * row_stride + r / (div * mod) * outer_stride + c]
+// and its kind says which terms there are (dualop/layout.py makes the views). What varies along neither is loaded once, what varies along the columns only
 // is shared by the thread's rows.
 #pragma once
 #include "chain.cuh"
 
 namespace dualop {
 
-constexpr int COLUMN = 1, ROW = 2, WRAP = 4, FULL = COLUMN | ROW;
+constexpr int COLUMN = 1, ROW = 2, WRAP = 4, SPLIT = 8, FULL = COLUMN | ROW;
 constexpr int THREADS = 256, UNROLL = 4;
 
 using index_t = long long;
@@ -21,7 +22,7 @@ template <class T, int kind_> struct Input {
 // One input in a launch's arguments. All members have 8 bytes: Python packs them.
 struct View {
     const void* data;
-    index_t div, mod, row_stride;
+    index_t div, mod, row_stride, outer_stride;
     void* gradient;                         // of this input, or its partial sums, or null where nobody wants it
     void* sum;                              // where the partial sums' sum goes, or null
     index_t outer, kept, inner, columns;    // the partial sums' shape; summed over outer and inner
@@ -59,9 +60,13 @@ template <class I, int vec> struct Fragment {
         } else {
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
-                index_t row = at.row[u];
-                if constexpr (I::kind & WRAP) row = row / view.div % view.mod;
-                const index_t offset = row * view.row_stride + (by_column ? at.column : 0);
+                const index_t row = at.row[u];
+                index_t offset = by_column ? at.column : 0;
+                if constexpr (I::kind & WRAP) offset += row / view.div % view.mod * view.row_stride;
+                else if constexpr (I::kind & SPLIT) {
+                    const index_t outer = row / view.mod;
+                    offset += outer * view.outer_stride + (row - outer * view.mod) * view.row_stride;
+                } else offset += row * view.row_stride;
                 pack[u].load(data + offset, by_column ? at.valid[u] : at.valid[u] > 0);
             }
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -32,6 +33,9 @@ class Chain:
     """
 
     __slots__ = ("calls", "operands", "text")
+    calls: tuple[Call, ...]
+    operands: tuple[str, ...]
+    text: str
 
     def __init__(self, calls: tuple[Call, ...]) -> None:
         if not calls:
@@ -39,11 +43,19 @@ class Chain:
         if len(calls) > MAX_STAGES:
             raise ChainError(f"a chain has at most {MAX_STAGES} stages, this one has {len(calls)}")
         names = (c.operand for c in calls if isinstance(c.operand, str) and c.operand != "x")
-        self.calls = calls
-        self.operands: tuple[str, ...] = tuple(dict.fromkeys(names))
-        self.text = " | ".join(map(str, calls))
+        for name, value in (
+            ("calls", calls),
+            ("operands", tuple(dict.fromkeys(names))),
+            ("text", " | ".join(map(str, calls))),
+        ):
+            object.__setattr__(self, name, value)
         if len(self.operands) > MAX_OPERANDS:
             raise ChainError(f"a chain takes at most {MAX_OPERANDS} operands, this one has {len(self.operands)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a chain cannot be changed; make a new one ({name})")
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
 
     def __call__(self, x: Any, *operands: Any, backend: str | None = None, **named: Any) -> Any:
         from dualop.autograd import run
@@ -123,7 +135,9 @@ class _Parser:
         self.next = 0
 
     def fail(self, at: int, problem: str) -> None:
-        raise ChainError(f"{problem} at position {at + 1} of the chain: {self.text[:at]}⟨here⟩{self.text[at:]}")
+        before, after = self.text[max(at - 60, 0) : at], self.text[at : at + 60]
+        start, end = "..." if at > 60 else "", "..." if len(self.text) > at + 60 else ""
+        raise ChainError(f"{problem} at position {at + 1} of the chain: {start}{before}⟨here⟩{after}{end}")
 
     def accept(self, kind: str, value: str | None = None) -> str | None:
         found, text, _ = self.tokens[self.next]
@@ -169,7 +183,10 @@ class _Parser:
         return call(name, *positional, **keywords)
 
     def value(self) -> float | str:
+        at = self.tokens[self.next][2]
         if (number := self.accept("number")) is not None:
+            if math.isinf(float(number)) and "inf" not in number:
+                self.fail(at, "a number beyond float64 (write inf)")
             return float(number)
         if (word := self.accept("word")) is not None:
             return word[1:-1]

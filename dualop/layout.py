@@ -3,12 +3,13 @@
 The result's dimensions, in the order of its memory, are merged as far as every tensor allows. The innermost merged
 dimension is the **columns**, all others together are the **rows**. At row r and column c a tensor's element is
 
-    data[(r // div % mod) * row_stride + c]        (kind says which of the two terms are there)
+    data[(r // div % mod) * row_stride + r // (div * mod) * outer_stride + c]        (kind says which terms there are)
 
 A feature vector (N,) varies along the columns only, a channel (C, 1, 1) of NCHW data along the rows with div 1 and
 mod C, a per-sample (B, 1) along the rows, a full-size tensor along both; channels_last data makes a channel a column.
-A tensor that has no such form is copied into one that has. Where all tensors are merged into one long row, it is
-folded into rows of `FOLD` columns, the last of them shorter; so `total` bounds the last row.
+A slice x[:, :k] of three dimensions has rows in two strides, which is what outer_stride is for. A tensor that has no
+such form is copied into one that has. Where all tensors are merged into one long row, it is folded into rows of `FOLD`
+columns, the last of them shorter; so `total` bounds the last row.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from dualop.errors import DeviceError, DtypeError, OperandError, ShapeError
 
-COLUMN, ROW, WRAP = 1, 2, 4
+# Varies along the columns; along the rows; is repeated along the rows; has rows in two strides.
+COLUMN, ROW, WRAP, SPLIT = 1, 2, 4, 8
 FULL = COLUMN | ROW
 FOLD = 8192
 
@@ -45,6 +47,7 @@ class View:
     div: int
     mod: int
     row_stride: int
+    outer_stride: int
     copy: tuple[int, ...] | None
     gradient_strides: tuple[int, ...]
     # The input is broadcast in a way that no view has: its gradient is written in full and summed by torch.
@@ -53,7 +56,7 @@ class View:
     @property
     def reduced(self) -> bool:
         """Whether several elements of the result share an element of this input."""
-        return self.kind != FULL
+        return self.kind & ~SPLIT != FULL
 
     def sum_shape(self, rows: int, cols: int, row_programs: int, col_programs: int) -> tuple[int, int, int, int]:
         """(outer, kept, inner, columns): its partial sums in memory; the gradient sums over outer and inner."""
@@ -61,6 +64,8 @@ class View:
             return row_programs * col_programs, 1, 1, 1
         if self.kind == COLUMN:
             return row_programs, 1, 1, cols
+        if self.kind & SPLIT:
+            return 1, rows, col_programs, 1
         outer = rows // (self.div * self.mod)
         if self.kind & COLUMN:
             return outer, self.mod, self.div, cols
@@ -132,16 +137,13 @@ def layout(x: Tensor, operands: Sequence[Tensor]) -> Layout:
 def device_of(x: Tensor, operands: Sequence[Tensor]) -> torch.device:
     """The device of a call. Zero-dimensional CPU tensors go along with any; DeviceError if others are mixed."""
     device = x.device
-    for tensor in operands:
-        if tensor.device != device:
-            if tensor.dim() == 0 and tensor.device.type == "cpu":
-                continue
-            if x.dim() == 0 and x.device.type == "cpu" and device == x.device:
-                device = tensor.device
-                continue
-            devices = ", ".join(str(t.device) for t in (x, *operands))
-            raise DeviceError(f"all tensors of a chain must be on one device, these are on {devices}")
-    return device
+    if all(tensor.device == device for tensor in operands):
+        return device
+    devices = {t.device for t in (x, *operands) if t.dim() > 0 or t.device.type != "cpu"}
+    if len(devices) > 1:
+        listed = ", ".join(str(t.device) for t in (x, *operands))
+        raise DeviceError(f"all tensors of a chain must be on one device, these are on {listed}")
+    return devices.pop()
 
 
 def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
@@ -192,16 +194,16 @@ def _layout(tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype],
     for i, (meta, compact, level) in enumerate(zip(metas, compacts, levels, strict=True)):
         form = _forms(dims, len(metas))[i]
         assert form is not None
-        kind, div, mod, row_stride = form
+        kind, div, mod, row_stride, outer_stride = form
         if len(dims) == 1 and kind == COLUMN:
             kind, row_stride = FULL, cols
         expanded = level == 2 and compact != full
         if expanded:
-            kind, div, mod = FULL | WRAP, 1, rows
+            kind, div, mod, outer_stride = FULL | WRAP, 1, rows, 0
         own = compact[len(shape) - meta.dim() :]
         dense = tuple(s if n > 1 else 1 for s, n in zip(own, meta.shape, strict=True))
         dense = strides if meta.shape == shape else dense
-        views.append(View(kind, div, mod, row_stride, (None, compact, full)[level], dense, expanded))
+        views.append(View(kind, div, mod, row_stride, outer_stride, (None, compact, full)[level], dense, expanded))
     return Layout(shape, strides, result.dtype, rows, cols, total, tuple(views))
 
 
@@ -223,6 +225,7 @@ def _compact(meta: Tensor, shape: tuple[int, ...], order: list[int]) -> tuple[in
 
 
 Dims = list[tuple[int, tuple[int, ...]]]
+Form = tuple[int, int, int, int, int]
 
 
 def _merge(order: list[int], shape: tuple[int, ...], full: tuple[int, ...], chosen: list[tuple[int, ...]]) -> Dims:
@@ -237,25 +240,32 @@ def _merge(order: list[int], shape: tuple[int, ...], full: tuple[int, ...], chos
     return dims or [(1, (0,) * len(chosen))]
 
 
-def _forms(dims: Dims, count: int) -> list[tuple[int, int, int, int] | None]:
-    """(kind, div, mod, row_stride) of each tensor, None where it has no such form."""
+def _forms(dims: Dims, count: int) -> list[Form | None]:
+    """(kind, div, mod, row_stride, outer_stride) of each tensor, None where it has no such form."""
     rows = math.prod(size for size, _ in dims[:-1])
-    forms: list[tuple[int, int, int, int] | None] = []
+    forms: list[Form | None] = []
     for i in range(count):
         column = dims[-1][1][i]
         varying = [d for d, (_, strides) in enumerate(dims[:-1]) if strides[i]]
+        # Runs of neighbouring dimensions that are one dimension for this tensor: [first, last].
+        runs: list[list[int]] = []
+        for d in varying:
+            stride, step = dims[d][1][i], dims[d][0]
+            if runs and runs[-1][1] == d - 1 and dims[d - 1][1][i] == stride * step:
+                runs[-1][1] = d
+            else:
+                runs.append([d, d])
+        sizes = [math.prod(dims[d][0] for d in range(first, last + 1)) for first, last in runs]
+        strides = [dims[last][1][i] for _, last in runs]
         if column not in (0, 1):
             forms.append(None)
-        elif not varying:
-            forms.append((column, 1, 1, 0))
+        elif not runs:
+            forms.append((column, 1, 1, 0, 0))
+        elif len(runs) == 1:
+            div = math.prod(dims[d][0] for d in range(runs[0][1] + 1, len(dims) - 1))
+            forms.append((ROW | column | (WRAP if sizes[0] < rows else 0), div, sizes[0], strides[0], 0))
+        elif len(runs) == 2 and sizes[0] * sizes[1] == rows:
+            forms.append((ROW | column | SPLIT, 1, sizes[1], strides[1], strides[0]))
         else:
-            first, last = varying[0], varying[-1]
-            span = range(first, last)
-            if any(dims[d][1][i] != dims[d + 1][1][i] * dims[d + 1][0] for d in span):
-                forms.append(None)
-                continue
-            mod = math.prod(dims[d][0] for d in range(first, last + 1))
-            div = math.prod(dims[d][0] for d in range(last + 1, len(dims) - 1))
-            kind = ROW | column | (WRAP if mod < rows else 0)
-            forms.append((kind, div, mod, dims[last][1][i]))
+            forms.append(None)
     return forms

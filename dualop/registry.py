@@ -7,6 +7,7 @@ used), "auto". A backend that is named runs or raises; only "auto" chooses.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,8 +55,11 @@ AUTO = "auto"
 
 _context: ContextVar[str | None] = ContextVar("dualop_backend", default=None)
 _process: str | None = None
-# torch.compile cannot read a ContextVar but guards on a module's global: what `use_backend` set last, in any thread.
+# torch.compile cannot read a ContextVar but guards on a module's global: the choice of the `use_backend` entered last,
+# in any thread, of those not left yet.
+_entered: list[list[str]] = []
 _traced: str | None = None
+_lock = threading.Lock()
 _environment = os.environ.get("DUALOP_BACKEND") or AUTO
 
 
@@ -80,13 +84,17 @@ def set_backend(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """The backend within a `with` block, in this thread (and in functions that torch.compile traces meanwhile)."""
     global _traced
-    token, outer = _context.set(_known(name, "use_backend")), _traced
-    _traced = name
+    token, mine = _context.set(_known(name, "use_backend")), [name]
+    with _lock:
+        _entered.append(mine)
+        _traced = name
     try:
         yield
     finally:
         _context.reset(token)
-        _traced = outer
+        with _lock:
+            _entered[:] = [choice for choice in _entered if choice is not mine]
+            _traced = _entered[-1][0] if _entered else None
 
 
 def requested(explicit: str | None = None) -> str:

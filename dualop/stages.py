@@ -236,6 +236,9 @@ _TABLE = (
     Stage("exp", torch.exp, lambda g, z: g * z.exp(), "exp"),
 )
 
+# No operand's name: they read as numbers, or are parameters of a chain's call.
+RESERVED = ("inf", "nan", "self", "backend")
+
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _TABLE}
 ALIASES: dict[str, str] = {alias: stage.name for stage in _TABLE for alias in stage.aliases}
 
@@ -296,7 +299,7 @@ def _argument(stage: Stage, parameter: Parameter, value: Any) -> Argument:
         raise ChainError(f"{what} has no default; write {stage.signature}")
     if isinstance(value, str):
         if stage.operand:
-            if not value.isidentifier() or value in ("inf", "nan"):
+            if not (value.isascii() and value.isidentifier()) or value in RESERVED:
                 raise ChainError(f"{what} must be a name, x or a number, not {value!r}")
             return value
         if value not in parameter.words:
@@ -316,7 +319,7 @@ def _argument(stage: Stage, parameter: Parameter, value: Any) -> Argument:
 def _nearest(name: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, [*STAGES, *ALIASES], n=3)
+    near = difflib.get_close_matches(name.lower(), [*STAGES, *ALIASES], n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

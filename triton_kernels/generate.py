@@ -82,9 +82,9 @@ def _chain(steps: Sequence[Step], inputs: int) -> str:
 
 def _kernels(kinds: Sequence[int]) -> str:
     count = range(len(kinds))
-    views = ", ".join(f"p{i}, div{i}, mod{i}, stride{i}" for i in count)
+    views = ", ".join(f"p{i}, div{i}, mod{i}, stride{i}, outer{i}" for i in count)
     reads = [
-        f"in{i} = read(p{i}, div{i}, mod{i}, stride{i}, row, column, rows, cols, mask, {kind}, BITS)"
+        f"in{i} = read(p{i}, div{i}, mod{i}, stride{i}, outer{i}, row, column, rows, cols, mask, {kind}, BITS)"
         for i, kind in enumerate(kinds)
     ]
     inputs = ", ".join(f"in{i}" for i in count)
@@ -130,7 +130,7 @@ def _kernels(kinds: Sequence[int]) -> str:
         *(f"    {line}" for line in (*start, *sums)),
         "    for step in range(count(steps)):",
         *(f"        {line}" for line in tile),
-        "        gradient = read(gy, 1, 1, cols, row, column, rows, cols, mask, 3, BITS)",
+        "        gradient = read(gy, 1, 1, cols, 0, row, column, rows, cols, mask, 3, BITS)",
         f"        {gradients} = chain_backward({inputs}, gradient, BITS)",
         *(f"        {line}" for line in gather),
         *(f"    {line}" for line in finish),

@@ -1,7 +1,8 @@
 """A program's tile: which rows and columns, and how inputs and gradients lie there.
 
-At row r and column c an input's element is data[(r // div % mod) * row_stride + c]; its KIND says which terms there are
-(1: the column, 2: the row, 4: with div and mod). `cuda/view.cuh` does the same for the threads of a block.
+At row r and column c an input's element is data[(r // div % mod) * row_stride + r // (div * mod) * outer_stride + c];
+its KIND says which terms there are (1: the column, 2: the row, 4: with div and mod, 8: with mod and outer_stride).
+`cuda/view.cuh` does the same for the threads of a block.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .platform import count, round_to
 COLUMN = tl.constexpr(1)
 ROW = tl.constexpr(2)
 WRAP = tl.constexpr(4)
+SPLIT = tl.constexpr(8)
 
 
 @triton.jit
@@ -34,10 +36,14 @@ def inside(row, column, rows, cols, total, FOLDED: tl.constexpr):
 
 
 @triton.jit
-def read(pointer, div, mod, row_stride, row, column, rows, cols, mask, KIND: tl.constexpr, BITS: tl.constexpr):
+def read(
+    pointer, div, mod, row_stride, outer_stride, row, column, rows, cols, mask, KIND: tl.constexpr, BITS: tl.constexpr
+):
     """An input's values: [rows, columns], or 1 in place of a dimension that it does not vary along."""
     if WRAP & KIND:
         row_offset = (row // div % mod) * row_stride
+    elif SPLIT & KIND:
+        row_offset = row // mod * outer_stride + row % mod * row_stride
     else:
         row_offset = row * row_stride
     if KIND & 3 == 3:

@@ -23,7 +23,7 @@ from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
 from dualop.launch import Grid, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.layout import COLUMN, FULL, ROW, WRAP, Layout, device_of, layout
+from dualop.layout import COLUMN, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
 from dualop.sources import cuda_header
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
@@ -69,7 +69,8 @@ def _number(value: float) -> str:
 
 def _kind(kind: int) -> str:
     names = ("FULL",) if kind & FULL == FULL else tuple(n for n, b in (("COLUMN", COLUMN), ("ROW", ROW)) if kind & b)
-    return " | ".join((*names, *(("WRAP",) if kind & WRAP else ()))) or "0"
+    more = tuple(n for n, b in (("WRAP", WRAP), ("SPLIT", SPLIT)) if kind & b)
+    return " | ".join((*names, *more)) or "0"
 
 
 def _build(chain: Chain, signature: Signature, device: torch.device) -> build.Build:
@@ -205,9 +206,13 @@ class Cuda:
             written = partial if partial is not None else gradient
             summed = gradient if partial is not None else None
             shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
-            words += (tensor.data_ptr(), v.div, v.mod, v.row_stride, _address(written), _address(summed), *shape)
+            words += (tensor.data_ptr(), *_walk(v), _address(written), _address(summed), *shape)
         _launch(plan, True, vector, device, 0, gy.data_ptr(), words)
         return view.finished(gradients, partials, tensors)
+
+
+def _walk(v: View) -> tuple[int, int, int, int]:
+    return v.div, v.mod, v.row_stride, v.outer_stride
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -225,7 +230,7 @@ def _readable(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> 
 def _words(view: Layout, inputs: Sequence[Tensor]) -> list[int]:
     words: list[int] = []
     for v, tensor in zip(view.views, inputs, strict=True):
-        words += (tensor.data_ptr(), v.div, v.mod, v.row_stride, 0, 0, 0, 0, 0, 0)
+        words += (tensor.data_ptr(), *_walk(v), 0, 0, 0, 0, 0, 0)
     return words
 
 
@@ -236,7 +241,7 @@ def _aligned(view: Layout, wide: int, tensors: Sequence[Tensor]) -> bool:
     for tensor in tensors:
         if tensor.data_ptr() % 16:
             return False
-    return all(v.row_stride % wide == 0 for v in view.views if v.kind & FULL == FULL)
+    return all(v.row_stride % wide == v.outer_stride % wide == 0 for v in view.views if v.kind & FULL == FULL)
 
 
 def _launch(plan: Plan, backward: bool, vector: bool, device: torch.device, y: int, gy: int, inputs: list[int]) -> None:

@@ -147,7 +147,7 @@ def _arguments(view: Layout, tensors: Sequence[Tensor], device: torch.device) ->
     arguments: list[Any] = []
     for i, (v, tensor) in enumerate(zip(view.views, tensors, strict=True)):
         readable = view.readable(i, tensor if tensor.device == device else tensor.to(device))
-        arguments += (readable, v.div, v.mod, v.row_stride)
+        arguments += (readable, v.div, v.mod, v.row_stride, v.outer_stride)
     return arguments
 
 

@@ -1,0 +1,403 @@
+"""The view: what a kernel would read and write through it, simulated element by element, is what torch computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dualop.errors import DeviceError, DtypeError, OperandError, ShapeError
+from dualop.launch import Grid, backward_grid, forward_grid, power_of_two
+from dualop.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# ---- random tensors --------------------------------------------------------------------------------------------------
+
+
+def numbered(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """All elements differ, in every dtype as far as it can tell them apart."""
+    n = math.prod(shape)
+    return (torch.arange(n, dtype=torch.float64) - n // 2).to(dtype).reshape(tuple(shape))
+
+
+def arrange(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape, lying in memory in one of the ways that torch knows."""
+    how = draw(st.sampled_from(["dense", "permuted", "sliced", "stepped", "expanded", "offset", "channels_last"]))
+    rank = len(shape)
+    if how == "permuted" and rank > 1:
+        order = draw(st.permutations(range(rank)))
+        return numbered([shape[d] for d in order], dtype).permute(*[order.index(d) for d in range(rank)])
+    if how in ("sliced", "stepped") and rank:
+        d, step = draw(st.integers(0, rank - 1)), 2 if how == "stepped" else 1
+        big = numbered([n * step + 3 if i == d else n for i, n in enumerate(shape)], dtype)
+        strides = [s * (step if i == d else 1) for i, s in enumerate(big.stride())]
+        return big.as_strided(shape, strides, 2 * big.stride(d))
+    if how == "expanded" and rank:
+        kept = [n if draw(st.booleans()) else 1 for n in shape]
+        return numbered(kept, dtype).expand(shape)
+    if how == "offset":
+        return numbered([math.prod(shape) + 1], dtype)[1:].reshape(shape)
+    if how == "channels_last" and rank == 4:
+        return numbered(shape, dtype).contiguous(memory_format=torch.channels_last)
+    return numbered(shape, dtype)
+
+
+@st.composite
+def inputs(draw: st.DrawFn, sizes: st.SearchStrategy[int] = st.integers(1, 4), most: int = 3) -> list[Tensor]:
+    """x and up to `most` operands that broadcast together."""
+    shape = draw(st.lists(sizes, max_size=5))
+    tensors = []
+    for _ in range(draw(st.integers(1, most + 1))):
+        own = [n if draw(st.integers(0, 3)) else 1 for n in shape]
+        own = own[draw(st.integers(0, len(own))) if draw(st.booleans()) else 0 :]
+        tensors.append(arrange(draw, tuple(own), draw(st.sampled_from(DTYPES))))
+    return tensors
+
+
+def torchs(tensors: Sequence[Tensor]) -> Tensor:
+    """What torch makes of them."""
+    return reduce(torch.add, tensors[1:], tensors[0]) if len(tensors) > 1 else -tensors[0]
+
+
+# ---- what a kernel does with a view ----------------------------------------------------------------------------------
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """The tensor's storage from its first element on: what a kernel can reach from its pointer."""
+    length = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    return tensor.as_strided((length,), (1,))
+
+
+def places(view: Layout) -> tuple[Tensor, Tensor]:
+    """Row and column of every element, in the order of the result's memory."""
+    at = torch.arange(view.total)
+    return at // view.cols, at % view.cols
+
+
+def read(view: Layout, index: int, tensor: Tensor) -> Tensor:
+    """The values of one input at every element, in the order of the result's memory, as `cuda/view.cuh` reads them."""
+    v, (row, column) = view.views[index], places(view)
+    offset = torch.zeros_like(row)
+    if v.kind & WRAP:
+        row = row // v.div % v.mod
+    elif v.kind & SPLIT:
+        offset += row // v.mod * v.outer_stride
+        row = row % v.mod
+    offset += row * v.row_stride if v.kind & ROW else 0
+    offset += column if v.kind & COLUMN else 0
+    return memory(view.readable(index, tensor))[offset]
+
+
+def in_memory_order(view: Layout, values: Tensor) -> Tensor:
+    """A broadcast tensor's values in the order of the result's memory."""
+    like_y = torch.empty_strided(view.shape, view.strides, dtype=values.dtype)
+    return like_y.copy_(values).as_strided((view.total,), (1,))
+
+
+def partial_sums(view: Layout, index: int, grid: Grid, g: Tensor) -> Tensor:
+    """What the programs of a backward kernel leave, each summing the tiles that it walks over."""
+    v, (row, column) = view.views[index], places(view)
+    tile_row, tile_column = row // grid.tile_rows, column // grid.tile_cols
+    row_program = tile_row // grid.steps if grid.row_step else tile_row
+    column_program = tile_column // grid.steps if grid.col_step else tile_column
+    out = view.partial(index, grid.row_programs, grid.col_programs, torch.device("cpu")).fill_(torch.nan)
+    if v.kind & FULL == FULL:
+        at = row * view.cols + column
+    elif v.kind & COLUMN:
+        at = row_program * view.cols + column
+    elif v.kind & ROW:
+        at = row * grid.col_programs + column_program
+    else:
+        at = row_program * grid.col_programs + column_program
+    touched = torch.zeros(out.numel(), dtype=torch.float64).index_add_(0, at, g)
+    out.copy_(touched)
+    if v.expanded:  # of a folded layout's last row only the start is written
+        out[view.total :] = torch.nan
+    return out
+
+
+def gradients(view: Layout, tensors: Sequence[Tensor], grid: Grid, g: Tensor) -> list[Tensor]:
+    """The gradient of every input, from the gradient `g` (float64) at every element in the order of memory."""
+    written: list[Tensor | None] = []
+    partials: list[Tensor | None] = []
+    for i, (v, tensor) in enumerate(zip(view.views, tensors, strict=True)):
+        out = None if v.expanded else view.gradient(i, tensor, torch.device("cpu"))
+        partial = partial_sums(view, i, grid, g) if v.reduced else None
+        if out is not None and partial is None:
+            out.as_strided((view.total,), (1,)).copy_(g)
+        elif out is not None and partial is not None:
+            shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
+            assert math.prod(shape) == partial.numel()
+            out.as_strided((out.numel(),), (1,)).copy_(partial.double().reshape(shape).sum((0, 2)).flatten())
+        written.append(out)
+        partials.append(partial)
+    return view.finished(written, partials, tensors)
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether strides fill memory without gaps and overlaps."""
+    step = 1
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+def steps(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """The strides that say something: torch's kernels and its meta kernels differ for dimensions of size 1."""
+    return [stride for stride, size in zip(strides, shape, strict=True) if size > 1]
+
+
+def check(tensors: Sequence[Tensor], tile_rows: int = 8, tile_cols: int = 16, programs: int = 4) -> Layout:
+    """Everything that a kernel relies on, for one call."""
+    view, expected = layout(tensors[0], tensors[1:]), torchs(tensors)
+    assert view.shape == expected.shape
+    assert view.dtype == expected.dtype
+    assert view.total == expected.numel()
+    assert len(view.views) == len(tensors)
+    if view.total == 0:
+        assert view.output(torch.device("cpu")).shape == expected.shape
+        return view
+    assert steps(view.shape, view.strides) == steps(expected.shape, expected.stride())
+    assert (view.rows - 1) * view.cols < view.total <= view.rows * view.cols
+    y = view.output(torch.device("cpu"))
+    assert y.shape == expected.shape and y.stride() == view.strides and y.dtype == expected.dtype
+
+    for i, tensor in enumerate(tensors):
+        expected_values = in_memory_order(view, tensor.expand(view.shape))
+        assert torch.equal(read(view, i, tensor), expected_values), (view.views[i], tensor.shape, tensor.stride())
+        assert is_dense(tensor.shape, view.views[i].gradient_strides)
+
+    grid = backward_grid(view, tile_rows, tile_cols, programs)
+    g = torch.randint(-3, 4, view.shape).double()
+    for i, got in enumerate(gradients(view, tensors, grid, in_memory_order(view, g))):
+        assert got.shape == tensors[i].shape and got.dtype == tensors[i].dtype
+        wanted = g.sum_to_size(got.shape).to(got.dtype)
+        assert torch.equal(got, wanted), (view.views[i], got.shape, tensors[i].stride())
+    return view
+
+
+@settings(max_examples=400)
+@given(inputs())
+@example([torch.randn(()), torch.randn(1)])
+@example([torch.randn(1, 1, 1).transpose(0, 2), torch.randn(1)])
+@example([torch.randn(3, 1).expand(3, 4), torch.randn(1, 4).expand(3, 4), torch.randn(())])
+@example([torch.randn(4), torch.randn(2, 3, 4), torch.randn(3, 1)])
+@example([torch.randn(10).unfold(0, 4, 1)])  # elements that share memory, without a stride of 0
+@example([torch.randn(3).as_strided((3, 2), (1, 0)), torch.randn(2)])
+def test_a_kernel_reads_and_writes_the_right_elements(tensors: list[Tensor]) -> None:
+    check(tensors)
+
+
+@settings(max_examples=60)
+@given(inputs(st.sampled_from([1, 2, 3, 40, 67]), most=2))
+def test_larger_sizes(tensors: list[Tensor]) -> None:
+    if layout(tensors[0], tensors[1:]).total > 200_000:
+        tensors = [t[:2] if t.dim() == 5 and t.shape[0] > 1 else t for t in tensors]
+    check(tensors, 4, 8, 3)
+
+
+@given(inputs(st.integers(0, 2)))
+def test_empty(tensors: list[Tensor]) -> None:
+    check(tensors)
+
+
+@pytest.mark.parametrize("n", [1, FOLD - 1, FOLD, FOLD + 1, 2 * FOLD, 3 * FOLD + 1, 3 * FOLD - 1])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_one_long_row_is_folded(n: int, scalar: bool) -> None:
+    tensors = [numbered((n,), torch.float32), torch.ones(()) if scalar else numbered((n,), torch.float32)]
+    view = check(tensors, 2, 1024, 2)
+    assert view.cols == min(n, FOLD) and view.rows == -(-n // FOLD)
+    # A tensor of any rank that is dense is one long row as well.
+    assert check([numbered((n, 1), torch.float32)]).rows == view.rows
+
+
+# ---- what must not be copied -----------------------------------------------------------------------------------------
+
+randn = torch.randn
+NO_COPY = {
+    "feature": [randn(6, 8), randn(8)],
+    "channel": [randn(2, 3, 4, 5), randn(3, 1, 1)],
+    "channel, 5-d": [randn(2, 3, 4, 5, 2), randn(3, 1, 1, 1)],
+    "channels_last": [randn(2, 3, 4, 5).to(memory_format=torch.channels_last), randn(3, 1, 1)],
+    "per row": [randn(6, 8), randn(6, 1)],
+    "per row and per column": [randn(6, 8), randn(6, 1), randn(8)],
+    "scalar": [randn(6, 8), randn(()), randn(1)],
+    "full": [randn(6, 8), randn(6, 8)],
+    "x broadcast": [randn(8), randn(6, 8)],
+    "outer sum": [randn(6, 1), randn(1, 8)],
+    "position": [randn(5, 6, 8), randn(6, 8)],
+    "no middle": [randn(5, 6, 8), randn(5, 1, 8)],
+    "narrowed columns": [randn(6, 20)[:, 3:11], randn(8)],
+    "narrowed columns and operand": [randn(6, 20)[:, 3:11], randn(6, 9)[:, :8]],
+    "narrowed rows": [randn(20, 8)[3:9], randn(8)],
+    "every second row": [randn(12, 8)[::2], randn(8)],
+    "narrowed middle": [randn(5, 9, 8)[:, 2:8], randn(8)],
+    "transposed": [randn(8, 6).t(), randn(8)],
+    "transposed, per row": [randn(8, 6).t(), randn(6, 1)],
+    "narrowed and transposed": [randn(9, 6)[:8].t(), randn(6, 1)],
+    "one dimension of many": [randn(2, 3, 4, 5).permute(3, 0, 2, 1)],
+    "overlapping windows": [randn(10).unfold(0, 4, 1)],
+}
+
+
+@pytest.mark.parametrize("name", NO_COPY)
+def test_no_copy(name: str) -> None:
+    tensors = NO_COPY[name]
+    view = check([t.detach() for t in tensors])
+    assert [v.copy for v in view.views] == [None] * len(tensors)
+    for i, tensor in enumerate(tensors):
+        assert view.readable(i, tensor) is tensor
+
+
+def test_a_copy_is_no_larger_than_its_tensor() -> None:
+    """Columns with gaps have no view; what stands in for them is as large as the tensor and not as the result."""
+    x, bias = randn(6, 16)[:, ::2], randn(16)[::2]
+    view = check([x, bias])
+    assert view.readable(0, x).numel() == x.numel() and view.readable(1, bias).numel() == bias.numel()
+
+
+def test_the_same_call_has_the_same_layout() -> None:
+    assert layout(randn(6, 8), [randn(8)]) is layout(randn(6, 8), [randn(8)])
+    assert layout(randn(6, 8), [randn(8)]) is not layout(randn(6, 8), [randn(8).double()])
+
+
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", DTYPES, ids=str)
+@pytest.mark.parametrize("right", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", [((2, 3), (3,)), ((2, 3), ()), ((), (3,)), ((), ()), ((1,), ())], ids=str)
+def test_promotion(left: torch.dtype, right: torch.dtype, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    tensors = [torch.ones(s, dtype=d) for s, d in zip(shapes, (left, right), strict=True)]
+    view = layout(tensors[0], tensors[1:])
+    assert view.dtype == torchs(tensors).dtype
+    assert view.accumulator == (torch.float64 if view.dtype == torch.float64 else torch.float32)
+    assert view.bits == {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float64: 53}[view.dtype]
+
+
+# ---- sizes beyond 32 bits --------------------------------------------------------------------------------------------
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "rows", "cols"),
+    [
+        ([meta(2**32 + 1)], 2**19 + 1, FOLD),
+        ([meta(2**20, 2**13), meta(2**13)], 2**20, 2**13),
+        ([meta(2**32, 3), meta(3)], 2**32, 3),
+        ([meta(3, 2**32), meta(2**32)], 3, 2**32),
+        ([meta(2**32, 3), meta(2**32, 1)], 2**32, 3),
+        ([meta(70_000, 70_000), meta()], math.ceil(70_000**2 / FOLD), FOLD),
+        ([meta(64, 512, 2**9, 2**9), meta(512, 1, 1)], 2**15, 2**18),
+        ([meta(1), meta(2**33)], 2**20, FOLD),
+    ],
+    ids=lambda value: " ".join(str(tuple(t.shape)) for t in value) if isinstance(value, list) else str(value),
+)
+def test_more_than_2_to_the_31_elements(tensors: list[Tensor], rows: int, cols: int) -> None:
+    view = layout(tensors[0], tensors[1:])
+    assert (view.rows, view.cols) == (rows, cols)
+    assert view.total == torch.broadcast_shapes(*(t.shape for t in tensors)).numel() > 2**31
+    row, column = (view.total - 1) // view.cols, (view.total - 1) % view.cols
+    for v, t in zip(view.views, tensors, strict=True):
+        wrapped = row // v.div % v.mod if v.kind & WRAP else row
+        last = (wrapped * v.row_stride if v.kind & ROW else 0) + (column if v.kind & COLUMN else 0)
+        assert last == t.numel() - 1  # the last element is read for the last element of the result
+    # A tile of the CUDA backend's; all programs lie on one axis of the grid, which ends at 2^31 - 1.
+    width = min(256, power_of_two(-(-view.cols // 8)))
+    for grid in (forward_grid(view, 1024 // width, width * 8), backward_grid(view, 1024 // width, width * 8, 8 * 132)):
+        assert grid.programs < 2**31
+        covered(view, grid)
+
+
+# ---- how it is cut into programs -------------------------------------------------------------------------------------
+
+
+def covered(view: Layout, grid: Grid) -> None:
+    """The programs' tiles cover every row and every column, and no program starts beyond the end."""
+    assert grid.steps >= 1 and not (grid.row_step and grid.col_step)
+    for size, programs, tile, step in (
+        (view.rows, grid.row_programs, grid.tile_rows, grid.row_step),
+        (view.cols, grid.col_programs, grid.tile_cols, grid.col_step),
+    ):
+        assert step in (0, tile)
+        stride = tile * grid.steps if step else tile
+        assert (programs - 1) * stride < size <= programs * stride
+
+
+@given(
+    st.sampled_from([(7, 5), (1000, 8), (3, 9000), (513, 257), (1, 1), (40_000,)]),
+    st.lists(st.sampled_from(["column", "row", "scalar", "full"]), max_size=3),
+    st.sampled_from([(4, 256), (64, 16), (1024, 1), (1, 2048)]),
+    st.integers(1, 2000),
+)
+def test_grids_cover_everything(shape: tuple[int, ...], kinds: list[str], tile: tuple[int, int], programs: int) -> None:
+    of = {"column": shape[-1:], "row": (*shape[:-1], 1), "scalar": (), "full": shape}
+    view = layout(torch.empty(shape, device="meta"), [torch.empty(of[k], device="meta") for k in kinds])
+    forward, backward = forward_grid(view, *tile), backward_grid(view, *tile, programs)
+    covered(view, forward)
+    covered(view, backward)
+    assert forward.steps == 1
+    # A program walks only where all that it sums stays in place.
+    if backward.row_step and backward.steps > 1:
+        assert not any(v.reduced and v.kind & FULL == ROW for v in view.views)
+    if backward.col_step and backward.steps > 1:
+        assert not any(v.reduced and v.kind & FULL == COLUMN for v in view.views)
+
+
+def test_partial_sums_are_few() -> None:
+    """The gradient of a feature vector must not cost memory in proportion to the data."""
+    view = layout(meta(16384, 8192), [meta(8192)])
+    grid = backward_grid(view, 4, 2048, 8 * 132)
+    partial = math.prod(view.views[1].sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs))
+    assert partial <= view.total // 50
+
+
+# ---- calls that make no sense ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_dtypes_that_are_refused(dtype: torch.dtype) -> None:
+    wrong = torch.ones(3).to(dtype)
+    with pytest.raises(DtypeError, match=f"x is {str(dtype).removeprefix('torch.')}"):
+        validate(wrong, [torch.ones(3)], ["bias"])
+    with pytest.raises(DtypeError, match="bias is"):
+        validate(torch.ones(3), [wrong], ["bias"])
+
+
+@pytest.mark.parametrize("shapes", [((4,), (3,)), ((2, 3), (2,)), ((0,), (2,)), ((2, 3), (3, 1, 2))], ids=str)
+def test_shapes_that_do_not_broadcast(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    x, bias = map(torch.ones, shapes)
+    with pytest.raises(RuntimeError):
+        x + bias  # torch refuses too
+    with pytest.raises(ShapeError, match="bias"):
+        validate(x, [bias], ["bias"])
+
+
+def test_what_is_no_tensor() -> None:
+    with pytest.raises(OperandError, match="bias"):
+        validate(torch.ones(3), [[1.0]], ["bias"])  # type: ignore[list-item]
+
+
+def test_devices() -> None:
+    x, cpu = torch.ones(3, device="meta"), torch.ones(3)
+    with pytest.raises(DeviceError, match="meta"):
+        device_of(x, [cpu])
+    with pytest.raises(DeviceError):
+        device_of(cpu, [x])
+    with pytest.raises(DeviceError):
+        device_of(torch.ones(()), [cpu, x])
+    assert device_of(x, [torch.ones(())]).type == "meta"  # as torch: a number on the CPU goes with any device
+    assert device_of(torch.ones(()), [x, torch.ones(())]).type == "meta"
+    assert device_of(torch.ones(()), [cpu]).type == "cpu"
