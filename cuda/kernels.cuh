@@ -18,6 +18,8 @@ template <class Stages_, class Y_, class... Inputs> struct Problem {
     using Stages = Stages_;
     using Y = Y_;
     static constexpr int inputs = sizeof...(Inputs), bits = significant_bits<Y>;
+    // A bfloat16 gradient takes float16's functions, which share their parts with their derivatives.
+    static constexpr int gradient_bits = bits < 11 ? 11 : bits;
     static constexpr int wide = 16 / static_cast<int>(sizeof(Y));
     using R = real<bits>;
     template <int vec> using Fragments = dualop::Fragments<vec, R, Inputs...>;
@@ -84,7 +86,7 @@ template <class P, int vec> __global__ void __launch_bounds__(THREADS) backward_
                 R element[P::inputs], gradient[P::inputs] = {};
 #pragma unroll
                 for (int i = 0; i < P::inputs; i++) element[i] = values[i][v];
-                gradient[0] += P::Stages::template backward<P::bits>(element[0], out[v], element, gradient);
+                gradient[0] += P::Stages::template backward<P::gradient_bits>(element[0], out[v], element, gradient);
 #pragma unroll
                 for (int i = 0; i < P::inputs; i++) g[i][v] = gradient[i];
             }

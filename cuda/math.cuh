@@ -50,11 +50,17 @@ template <int bits, class T> DUALOP_FUN T sigmoid(T z) { return rcp<bits>(T(1) +
 template <int bits, class T> DUALOP_FUN T tanh(T z) {
     if constexpr (bits == 53) return ::tanh(z);
     else if constexpr (bits == 8) return tanh_approx(z);
-    else if constexpr (!lean<bits>) return ::tanhf(z);
     else {
-        const float z2 = z * z, series = z + z * z2 * (-1.0f / 3 + z2 * (2.0f / 15 + z2 * (-17.0f / 315)));
-        const float far = 1.0f - 2.0f * rcp<bits>(1.0f + exp<bits>(2.0f * ::fabsf(z)));
-        return ::fabsf(z) < 0.25f ? series : ::copysignf(far, z);
+        // (1 - e) / (1 + e) with e = exp(-2 |z|), which has no accuracy left near 0; there a minimax polynomial.
+        const float e = exp<bits>(-2.0f * ::fabsf(z)), far = 1.0f - 2.0f * e * rcp<bits>(1.0f + e), z2 = z * z;
+        if constexpr (lean<bits>) {
+            const float near = z + z * z2 * (-0.333281547f + z2 * 0.128647104f);
+            return ::fabsf(z) < 0.3f ? near : ::copysignf(far, z);
+        } else {
+            const float near = z + z * z2 * (-0.333333313f + z2 * (0.133331209f + z2 * (-0.0539106987f
+                + z2 * (0.0213160906f + z2 * -0.00662128581f))));
+            return ::fabsf(z) < 0.55f ? near : ::copysignf(far, z);
+        }
     }
 }
 
@@ -78,6 +84,26 @@ template <int bits, class T> DUALOP_FUN T normcdf(T z) {
         const float tail = 0.5f * p * exp<bits>(-0.5f * z * z);
         return z < 0.0f ? tail : 1.0f - tail;
     }
+}
+
+// The same two for |z| <= 1, by minimax polynomials in z^2: no exponential, no branch. float64 has no need of them.
+template <int bits, class T> DUALOP_FUN T normpdf_unit(T z) {
+    const T u = z * z;
+    if constexpr (bits == 53) return normpdf<bits>(z);
+    else if constexpr (lean<bits>)
+        return 0.398942113f + u * (-0.199463084f + u * (0.0498020686f + u * (-0.00812228862f + u * 0.000812059792f)));
+    else
+        return 0.398942292f + u * (-0.199471131f + u * (0.0498676896f + u * (-0.00831072591f + u * (0.00103725446f
+            + u * (-0.000101399994f + u * 6.75949696e-06f)))));
+}
+template <int bits, class T> DUALOP_FUN T normcdf_unit(T z) {
+    const T u = z * z;
+    if constexpr (bits == 53) return normcdf<bits>(z);
+    else if constexpr (lean<bits>)
+        return 0.5f + z * (0.398941547f + u * (-0.0664662942f + u * (0.00985012297f + u * -0.000981363701f)));
+    else
+        return 0.5f + z * (0.398942292f + u * (-0.0664903596f + u * (0.00997333135f + u * (-0.00118635304f
+            + u * (0.000113512659f + u * -7.66467929e-06f)))));
 }
 
 }  // namespace dualop::math

@@ -246,6 +246,14 @@ struct gelu {
     }
 };
 
+// gelu for |z| <= 1, for instance behind tanh; chosen by dualop/ranges.py.
+struct gelu_unit {
+    template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::normcdf_unit<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
+        return gy * (math::normcdf_unit<bits>(z) + z * math::normpdf_unit<bits>(z));
+    }
+};
+
 // z (1 + tanh(u)) / 2 = z sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3)
 struct gelu_tanh {
     static constexpr double slope = 1.5957691216057308, cubic = 0.044715;  // slope: 2 sqrt(2 / pi)

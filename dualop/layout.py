@@ -89,6 +89,11 @@ class Layout:
         return BITS[self.dtype]
 
     @property
+    def gradient_bits(self) -> int:
+        """The same of gradients: bfloat16's take float16's functions, which share parts with their derivatives."""
+        return max(self.bits, BITS[torch.float16])
+
+    @property
     def accumulator(self) -> torch.dtype:
         """The dtype of all arithmetic and of partial sums."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32

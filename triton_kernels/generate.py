@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# A stage as the generator needs it: the function's name, its numbers, and for an operand stage what it takes: the
-# number of an input (0 is x), or a float.
+# A stage as the generator needs it: the function's name, the numbers compiled into it, and for an operand stage what it
+# takes: the number of an input (0 is x), or a float.
 Step = tuple[str, Sequence[float], int | float | None]
 
 _HEAD = '''"""{title}: written by dualop, do not edit."""

@@ -83,13 +83,21 @@ def sigmoid(z, BITS: tl.constexpr):
 def tanh(z, BITS: tl.constexpr):
     if BITS == 8:
         return platform.tanh_approx(z)
-    elif BITS <= 11:
-        z2 = z * z
-        series = z + z * z2 * (-1.0 / 3 + z2 * (2.0 / 15 + z2 * (-17.0 / 315)))
-        far = 1.0 - 2.0 * rcp(1.0 + exp(2.0 * tl.abs(z), BITS), BITS)
-        return tl.where(tl.abs(z) < 0.25, series, tl.where(z < 0, -far, far))
-    else:
+    elif BITS == 53:
         return platform.tanh(z)
+    else:
+        # (1 - e) / (1 + e) with e = exp(-2 |z|), which has no accuracy left near 0; there a minimax polynomial.
+        e = exp(-2.0 * tl.abs(z), BITS)
+        far = 1.0 - 2.0 * e * rcp(1.0 + e, BITS)
+        far = tl.where(z < 0, -far, far)
+        z2 = z * z
+        if BITS <= 11:
+            near = z + z * z2 * (-0.333281547 + z2 * 0.128647104)
+            return tl.where(tl.abs(z) < 0.3, near, far)
+        else:
+            p = -0.0539106987 + z2 * (0.0213160906 + z2 * -0.00662128581)
+            near = z + z * z2 * (-0.333333313 + z2 * (0.133331209 + z2 * p))
+            return tl.where(tl.abs(z) < 0.55, near, far)
 
 
 @triton.jit
@@ -118,3 +126,30 @@ def normcdf(z, BITS: tl.constexpr):
         return tl.where(z < 0, tail, 1.0 - tail)
     else:
         return 0.5 * platform.erfc(-z * sqrt_half)
+
+
+# The same two for |z| <= 1, by minimax polynomials in z^2: no exponential, no branch. float64 has no need of them.
+
+
+@triton.jit
+def normpdf_unit(z, BITS: tl.constexpr):
+    u = z * z
+    if BITS == 53:
+        return normpdf(z, BITS)
+    elif BITS <= 11:
+        return 0.398942113 + u * (-0.199463084 + u * (0.0498020686 + u * (-0.00812228862 + u * 0.000812059792)))
+    else:
+        p = -0.00831072591 + u * (0.00103725446 + u * (-0.000101399994 + u * 6.75949696e-06))
+        return 0.398942292 + u * (-0.199471131 + u * (0.0498676896 + u * p))
+
+
+@triton.jit
+def normcdf_unit(z, BITS: tl.constexpr):
+    u = z * z
+    if BITS == 53:
+        return normcdf(z, BITS)
+    elif BITS <= 11:
+        return 0.5 + z * (0.398941547 + u * (-0.0664662942 + u * (0.00985012297 + u * -0.000981363701)))
+    else:
+        p = -0.00118635304 + u * (0.000113512659 + u * -7.66467929e-06)
+        return 0.5 + z * (0.398942292 + u * (-0.0664903596 + u * (0.00997333135 + u * p)))

@@ -341,6 +341,17 @@ def gelu_backward(z, gy, BITS: tl.constexpr):
     return gy * (math.normcdf(z, BITS) + z * math.normpdf(z, BITS))
 
 
+# gelu for |z| <= 1, for instance behind tanh; chosen by dualop/ranges.py.
+@triton.jit
+def gelu_unit(z, BITS: tl.constexpr):
+    return z * math.normcdf_unit(z, BITS)
+
+
+@triton.jit
+def gelu_unit_backward(z, gy, BITS: tl.constexpr):
+    return gy * (math.normcdf_unit(z, BITS) + z * math.normpdf_unit(z, BITS))
+
+
 # z (1 + tanh(u)) / 2 = z sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3)
 @triton.jit
 def gelu_tanh(z, BITS: tl.constexpr):

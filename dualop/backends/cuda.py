@@ -24,6 +24,7 @@ from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
 from dualop.launch import Grid, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
+from dualop.ranges import Step, steps
 from dualop.sources import cuda_header
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
@@ -38,7 +39,7 @@ Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...]]
 def source(chain: Chain, signature: Signature, host: bool) -> str:
     """The whole text that is compiled: the kernels, the chain as a type, and the exported launchers."""
     dtype, inputs = signature
-    stages = ",\n    ".join(_stage(call, chain) for call in chain.calls)
+    stages = ",\n    ".join(map(_stage, steps(chain)))
     kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
     return (
         f"{cuda_header('library.cuh', host)}\n"
@@ -47,17 +48,13 @@ def source(chain: Chain, signature: Signature, host: bool) -> str:
     )
 
 
-def _stage(call: Any, chain: Chain) -> str:
-    if call.stage.operand:
-        operand = call.operand
-        if isinstance(operand, str):
-            taken = f"Operand<{0 if operand == 'x' else chain.operands.index(operand) + 1}>"
-        else:
-            taken = f"Number<{_number(operand)}>"
-        return f"With<stage::{call.stage.name}, {taken}>"
-    name, constants = call.stage.kernel(*call.arguments)
-    parameters = f"<{', '.join(map(_number, constants))}>" if constants else ""
-    return f"Only<stage::{name}{parameters}>"
+def _stage(step: Step) -> str:
+    function = f"stage::{step.function}"
+    if step.operand is not None:
+        taken = f"Operand<{step.operand}>" if isinstance(step.operand, int) else f"Number<{_number(step.operand)}>"
+        return f"With<{function}, {taken}>"
+    parameters = f"<{', '.join(map(_number, step.numbers))}>" if step.numbers else ""
+    return f"Only<{function}{parameters}>"
 
 
 def _number(value: float) -> str:

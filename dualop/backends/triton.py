@@ -25,6 +25,7 @@ from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
 from dualop.launch import Grid, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, FULL, Layout, device_of, layout
+from dualop.ranges import steps
 
 WARPS, UNROLL = 4, 4
 PROGRAMS_PER_SM = 16
@@ -36,16 +37,7 @@ def source(chain: Chain, kinds: Sequence[int]) -> str:
     """The text of the chain's file for inputs of these kinds (dualop/layout.py), x first."""
     from dualop.triton_kernels.generate import generate
 
-    steps: list[Any] = []
-    for call in chain.calls:
-        if call.stage.operand:
-            operand = call.operand
-            if isinstance(operand, str):
-                operand = 0 if operand == "x" else chain.operands.index(operand) + 1
-            steps.append((call.stage.name, (), operand))
-        else:
-            steps.append((*call.stage.kernel(*call.arguments), None))
-    return generate(str(chain).replace('"', "'"), steps, kinds)
+    return generate(str(chain).replace('"', "'"), steps(chain), kinds)
 
 
 @lru_cache(maxsize=1024)
@@ -103,7 +95,7 @@ class Triton:
         if view.total:
             module = _module(chain, tuple(v.kind for v in view.views))
             grid = forward_grid(view, *_tile(view))
-            _launch(module.forward_kernel, (y, *_arguments(view, tensors, device)), view, grid, device)
+            _launch(module.forward_kernel, (y, *_arguments(view, tensors, device)), view, grid, device, BITS=view.bits)
         return y
 
     def backward(
@@ -129,7 +121,7 @@ class Triton:
         written = [next((t for t in pair if t is not None), gy) for pair in zip(partials, gradients, strict=True)]
         mask = sum(1 << i for i, need in enumerate(needs) if need)
         arguments = (gy, *written, *_arguments(view, tensors, device))
-        _launch(module.backward_kernel, arguments, view, grid, device, NEEDS=mask)
+        _launch(module.backward_kernel, arguments, view, grid, device, NEEDS=mask, BITS=view.gradient_bits)
         for v, partial, gradient in zip(view.views, partials, gradients, strict=True):
             if partial is not None and gradient is not None:
                 _sum(partial, gradient, v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs), device)
@@ -163,7 +155,6 @@ def _launch(kernel: Any, arguments: Sequence[Any], view: Layout, grid: Grid, dev
             FOLDED=view.total != view.rows * view.cols,
             BLOCK_ROWS=grid.tile_rows,
             BLOCK_COLS=grid.tile_cols,
-            BITS=view.bits,
             **OPTIONS,
         )
 

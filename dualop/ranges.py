@@ -1,0 +1,110 @@
+"""What is known of a chain's values before any is seen: the interval that each stage's output lies in.
+
+Two uses, both decided here and for both kernel languages: a clamp that cannot clamp is left out, and a gelu behind a
+stage that ends in [-1, 1] takes a polynomial. NaN lies in every interval: it passes a clamp as it passes no clamp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+from dualop.chains import Chain
+from dualop.stages import Call
+
+Interval = tuple[float, float]
+EVERYTHING: Interval = (-math.inf, math.inf)
+
+
+class Step(NamedTuple):
+    """A stage as a kernel has it: its function there, the numbers compiled into it, and what an operand stage takes:
+
+    the number of an input (0 is x), a float, or None for the other stages.
+    """
+
+    function: str
+    numbers: tuple[float, ...] = ()
+    operand: int | float | None = None
+
+
+@lru_cache(maxsize=4096)
+def steps(chain: Chain) -> tuple[Step, ...]:
+    """The chain as the kernels run it."""
+    interval, found = EVERYTHING, []
+    for call in chain.calls:
+        if not _without_effect(call, interval):
+            found.append(_step(call, chain, interval))
+        interval = output(call, interval)
+    return tuple(found)
+
+
+def output(call: Call, interval: Interval) -> Interval:
+    """Where a stage's output lies if its input lies in `interval`; EVERYTHING where nothing is known."""
+    rule = _RULES.get(call.stage.name)
+    return rule(*interval, *call.arguments) if rule else EVERYTHING
+
+
+def _step(call: Call, chain: Chain, interval: Interval) -> Step:
+    if call.stage.operand:
+        operand = call.operand
+        if isinstance(operand, str):
+            operand = 0 if operand == "x" else chain.operands.index(operand) + 1
+        return Step(call.stage.name, (), operand)
+    function, numbers = call.stage.kernel(*call.arguments)
+    if function == "gelu" and interval[0] >= -1 and interval[1] <= 1:
+        function = "gelu_unit"
+    return Step(function, numbers)
+
+
+def _without_effect(call: Call, interval: Interval) -> bool:
+    """A clamp whose bounds lie outside of the interval by more than the arithmetic is off by.
+
+    Not torch.clamp itself: unlike the others it has the gradient 0 at NaN, which is a value of every chain.
+    """
+    if call.stage.name not in ("hardtanh", "relu6", "relu"):
+        return False
+    low, high = output(call, EVERYTHING)
+    above = low + 1e-3 * max(abs(low), 1) < interval[0]
+    return above and (high == math.inf or interval[1] < high - 1e-3 * max(abs(high), 1))
+
+
+def _clipped(low: float, high: float, least: float, most: float) -> Interval:
+    return min(max(low, least), most), min(max(high, least), most)
+
+
+def _dip(value: Callable[[float], float], least: float) -> Callable[[float, float], Interval]:
+    """Functions like silu: 0 at minus infinity and at 0, `least` in between, rising from 0 on to at most `value`."""
+    return lambda low, high: (least if low < 0 else 0.0, value(high) if high > 0 else 0.0)
+
+
+def _sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z)) if z > -700 else 0.0
+
+
+def _normcdf(z: float) -> float:
+    return 0.5 * math.erfc(-z * math.sqrt(0.5))
+
+
+def _gelu(low: float, high: float, approximate: object) -> Interval:
+    # The tanh form is off by less than 5e-4 from the exact one.
+    return _dip(lambda z: z * _normcdf(z) + 5e-4, -0.1705)(low, high)
+
+
+_RULES: dict[str, Callable[..., Interval]] = {
+    "clamp": _clipped,
+    "hardtanh": _clipped,
+    "relu": lambda low, high: _clipped(low, high, 0.0, math.inf),
+    "relu6": lambda low, high: _clipped(low, high, 0.0, 6.0),
+    "hardsigmoid": lambda low, high: (0.0, 1.0),
+    "sigmoid": lambda low, high: (_sigmoid(low), _sigmoid(high)),
+    "tanh": lambda low, high: (math.tanh(low), math.tanh(high)),
+    "softsign": lambda low, high: (-1.0, 1.0),
+    "silu": _dip(lambda z: z * _sigmoid(z), -0.2785),
+    "mish": _dip(lambda z: z, -0.3089),
+    "hardswish": _dip(lambda z: z, -0.3751),
+    "gelu": _gelu,
+    "abs": lambda low, high: (0.0, max(-low, high)),
+    "exp": lambda low, high: (0.0, math.inf),
+}
