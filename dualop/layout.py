@@ -160,12 +160,18 @@ def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
         if tensor.dtype not in DTYPES:
             takes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise DtypeError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; a chain takes {takes}")
+    tensors = (x, *operands)
+    # Symbolic sizes, as a tracer has them, have no hash.
+    known = not torch.compiler.is_compiling() and all(type(n) is int for t in tensors for n in t.shape)
     try:
-        torch.broadcast_shapes(x.shape, *(t.shape for t in operands))
+        (_broadcast if known else torch.broadcast_shapes)(*[t.shape for t in tensors])
     except RuntimeError:
-        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(("x", *names), (x, *operands), strict=True))
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(("x", *names), tensors, strict=True))
         raise ShapeError(f"shapes do not broadcast together: {shapes}") from None
     device_of(x, operands)
+
+
+_broadcast = lru_cache(maxsize=4096)(torch.broadcast_shapes)
 
 
 @lru_cache(maxsize=4096)
