@@ -167,7 +167,8 @@ class _Parser:
         if self.accept("mark", "(") and not self.accept("mark", ")"):
             while True:
                 at = self.tokens[self.next][2]
-                key = self.accept("name") if self.tokens[self.next + 1][1] == "=" else None
+                follows = self.tokens[self.next + 1 : self.next + 2]
+                key = self.accept("name") if follows and follows[0][1] == "=" else None
                 if key:
                     self.expect("mark", "=", "=")
                     if key in keywords:

@@ -4,13 +4,8 @@ The measure: an error is divided by the spacing of its dtype at max(|exact|, S /
 magnitude of the exact result in that tensor over its ordinary inputs. So a value counts by its own digits unless it
 is a thousand times smaller than what the tensor holds; there its absolute error counts.
 
-The truth is `reference.evaluate` on the exact upcast of the inputs to float64, and its autograd gradients.
-
 Nothing is compared in memory that happened to hold the right answer: `poisoned` fills whatever is allocated with NaN,
 so an element that a backend did not write differs.
-
-Nothing is asked where torch itself has no answer: its gradients at NaN and infinity depend on whether its vectorised
-loop or the loop's tail met the element (hardtanh, elu), and some of its functions overflow in float32 on the way.
 """
 
 from __future__ import annotations
@@ -19,51 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualop.backends.reference import evaluate
-from dualop.cases import SPECIAL, Sample
+from dualop.cases import Sample
 from dualop.chains import Chain
 from dualop.registry import BACKENDS
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Ulps allowed at an element: `ulp` of its own, and so many of S's as `of_scale` says."""
-
-    ulp: float
-    of_scale: float = 0.0
-
-    def at(self, exact: Tensor, scale: float) -> Tensor:
-        """Ulps allowed at each element of `exact`."""
-        if not self.of_scale or not scale:
-            return torch.full_like(exact, self.ulp)
-        return self.ulp + self.of_scale * scale / exact.abs().nan_to_num(torch.inf).clamp(min=scale / 1024)
-
-
-# By the dtype of the quantity: for the result, for an element's gradient.
-# 16 bits: float32 arithmetic leaves the final rounding, half an ulp, and a little for fast functions.
-# float32: every stage rounds, and a chain multiplies the error of its early stages by the slope of the later ones. A
-# gradient that crosses zero (that of swish at -1.28) is a difference of larger terms, whose rounding stays behind.
-# float64: as float32, but there torch's own formulas are the truth, and those cancel in the tails (1 - tanh^2,
-# 1 + erf): their errors are a few ulps of the largest intermediate value.
-TOLERANCE = {
-    torch.float16: (Tolerance(1), Tolerance(1)),
-    torch.bfloat16: (Tolerance(1), Tolerance(1)),
-    torch.float32: (Tolerance(16, 0.25), Tolerance(32, 0.5)),
-    torch.float64: (Tolerance(16, 8), Tolerance(32, 16)),
-}
-# The reference backend has torch's formulas, which cancel likewise in float32.
-CANCELLING = {"reference": {torch.float32: TOLERANCE[torch.float64]}}
+from dualop.truth import largest, truth
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome for one tensor. `max_ulp` is infinite where NaN or infinity stands against a number.
+    """The outcome for one tensor: the largest error (of those beyond their tolerance, if any are), and where it is.
 
-    `where` is the index of the element that is closest to its tolerance or furthest beyond it, with its two values.
+    `max_ulp` is infinite where NaN or infinity stands against a number. `actual` and `exact` are the values there.
     """
 
     ok: bool
@@ -105,14 +71,6 @@ def ulps(actual: Tensor, exact: Tensor, dtype: torch.dtype, scale: float = 0.0) 
     return error.masked_fill(either, torch.inf).masked_fill(both, 0.0)
 
 
-def largest(exact: Tensor, ordinary: Tensor | None = None) -> float:
-    """S: the largest finite magnitude in `exact`, over the `ordinary` elements if there are any."""
-    finite = exact.isfinite()
-    if ordinary is not None and bool((finite & ordinary).any()):
-        finite = finite & ordinary
-    return exact[finite].abs().max().item() if bool(finite.any()) else 0.0
-
-
 def compare(
     actual: Tensor,
     exact: Tensor,
@@ -134,90 +92,26 @@ def compare(
     error = ulps(actual, exact, actual.dtype, largest(exact) if scale is None else scale)
     if unsettled is not None:
         error = error.masked_fill(unsettled, 0.0)
-    ratio = error / tolerance
-    flat = int(ratio.argmax())
+    beyond = ~(error <= tolerance)
+    ok = not bool(beyond.any())
+    flat = int((error if ok else error.masked_fill(~beyond, -1.0)).argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), exact.shape))
-    ok = bool((error <= tolerance).all())
-    return Comparison(ok, error.max().item(), where, actual[where].item(), exact[where].item())
-
-
-@dataclass(frozen=True)
-class Truth:
-    """A quantity's exact value (float64), its S, where it is unsettled, and how the error of a term adds up in it.
-
-    A sum of many terms has the errors of all of them, which are as often up as down: their root mean square counts,
-    four times over, but never more than their sum: that many times a term's tolerance is `growth`. `rounding` is what
-    adding up in float32 costs, in ulps of float32.
-    """
-
-    value: Tensor
-    scale: float
-    unsettled: Tensor
-    growth: float | Tensor = 1.0
-    rounding: float | Tensor = 0.0
-
-    def tolerance(self, name: str, backend: str, dtype: torch.dtype, computed: torch.dtype) -> Tensor:
-        """Ulps of `dtype` that `backend` may be off, with kernels that compute as accurately as `computed` needs."""
-        ulp = {d: torch.finfo(d).eps for d in TOLERANCE}
-        coarse = max(dtype, computed, key=ulp.__getitem__)
-        result, gradient = CANCELLING.get(backend, {}).get(coarse, TOLERANCE[coarse])
-        if name == "y":
-            return result.at(self.value, self.scale)
-        term = gradient.at(self.value, self.scale) * (ulp[coarse] / ulp[dtype])
-        accumulator = torch.float64 if computed == torch.float64 else torch.float32
-        return self.growth * term + self.rounding * (ulp[accumulator] / ulp[dtype])
-
-
-def _differentiated(chain: Chain, sample: Sample, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """y and the terms of every gradient in torch's own arithmetic, each input first at the result's shape."""
-    shape, device = sample.gy.shape, sample.gy.device
-    leaves = [t.to(device, dtype).expand(shape).clone().requires_grad_() for t in (sample.x, *sample.operands)]
-    with torch.enable_grad():
-        y = evaluate(chain, leaves[0], leaves[1:])
-    return y.detach(), list(torch.autograd.grad(y, leaves, sample.gy.to(dtype), materialize_grads=True))
-
-
-def truth(chain: Chain, sample: Sample) -> dict[str, Truth]:
-    """The exact `y`, and the gradients `grad_x` and `grad_OPERAND` under `sample.gy`, from float64 arithmetic."""
-    y, terms = _differentiated(chain, sample, torch.float64)
-    wide = torch.float64 if sample.gy.dtype == torch.float64 else torch.float32
-    torchs, torchs_terms = _differentiated(chain, sample, wide)
-    x = sample.x.double().expand(y.shape)
-    ordinary = torch.isin(x, torch.tensor(SPECIAL, dtype=x.dtype, device=x.device)).logical_not_() & x.isfinite()
-    exact = {"y": Truth(y, largest(y, ordinary), torchs.isnan() & ~y.isnan())}
-    for i, (name, tensor) in enumerate(zip(("x", *chain.operands), (sample.x, *sample.operands), strict=True)):
-        settled = x.isfinite() & torchs.isfinite() & torchs_terms[i].isfinite()
-        exact[f"grad_{name}"] = _summed(terms[i], tensor.shape, ordinary, ~settled)
-    return exact
-
-
-def _summed(term: Tensor, shape: torch.Size, ordinary: Tensor, unsettled: Tensor) -> Truth:
-    scale = largest(term, ordinary)
-    if term.shape == shape:
-        return Truth(term, scale, unsettled)
-    count = term.numel() // max(1, shape.numel())
-    unsettled = unsettled.double().sum_to_size(shape) > 0
-    value = term.sum_to_size(shape)
-    total = largest(value)
-    size = term.abs().clamp(min=scale / 1024)
-    sums, squares = size.sum_to_size(shape), size.square().sum_to_size(shape)
-    unit = value.abs().clamp(min=max(total / 1024, torch.finfo(torch.float64).tiny))
-    growth = 1 + torch.minimum(sums, 4 * squares.sqrt()) / unit
-    return Truth(value, total, unsettled, growth.nan_to_num(1.0), (count**0.5 * sums / unit).nan_to_num(1.0))
+    return Comparison(ok, error[where].item(), where, actual[where].item(), exact[where].item())
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Within it, whatever torch allocates uninitialised is full of NaN, on every device."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    switch: Any = torch.utils.deterministic
+    filling = switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switch.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        switch.fill_uninitialized_memory = filling
 
 
 def results(

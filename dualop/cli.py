@@ -6,25 +6,25 @@ import contextlib
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from dualop.errors import DualopError
 
 if TYPE_CHECKING:
     import torch
 
-    from dualop.check import Row
-
 DEFAULT_CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
 PIPED_WIDTH = 160  # a pipe has no width, and a table folded to 80 columns is hard to read or search
 
 
-class _Commands(typer.core.TyperGroup):
+class _Commands(TyperGroup):
     """Errors that dualop raises on purpose end a command with one line and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -56,7 +56,7 @@ def main() -> None:
 def bench(
     backend: Backends = "all",
     chain: Annotated[str, typer.Option(help="What to run.")] = DEFAULT_CHAIN,
-    shape: Annotated[str, typer.Option(help="Several with commas. [default: 16384x8192, on the CPU 64x256]")] = "",
+    shape: Annotated[str, typer.Option(help="Several with commas (16384x8192; on the CPU 64x256).")] = "",
     dtype: Annotated[str, typer.Option(help="Several with commas, or all.")] = "float32,bfloat16",
     operand: Annotated[
         str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
@@ -70,15 +70,15 @@ def bench(
     device = _device()
     import dualop
     from dualop.bench import linear95, measure, table, workloads
-    from dualop.cases import OPERAND_FORMS
 
     if problem not in ("", "linear95"):
         raise typer.BadParameter(f"{problem!r} is not known; there is linear95", param_hint="--problem")
-    if operand not in OPERAND_FORMS:
-        raise typer.BadParameter(f"{operand!r} is none of {', '.join(OPERAND_FORMS)}", param_hint="--operand")
+    if operand not in workloads.FORMS:
+        raise typer.BadParameter(f"{operand!r} is none of {', '.join(workloads.FORMS)}", param_hint="--operand")
     op, dtypes = dualop.chain(DEFAULT_CHAIN if problem else chain), _dtypes(dtype)
     names, unavailable = _backends(backend, op, device)
-    out, more = _console(), {"unavailable": unavailable}
+    out = _console()
+    more: dict[str, Any] = {"unavailable": unavailable}
     _say_unavailable(out, unavailable)
     out.print(table.how(device), markup=False)
     rows: list[measure.Row] = []
@@ -108,9 +108,9 @@ def bench(
 @app.command()
 def check(
     backend: Backends = "all",
-    chain: Annotated[str, typer.Option(help="Only this one, in all cases. [default: every stage, some chains]")] = "",
+    chain: Annotated[str, typer.Option(help="Only this one, in all cases (every stage and some chains).")] = "",
     dtype: Annotated[str, typer.Option(help="Several with commas, or all.")] = "all",
-    seed: Annotated[int | None, typer.Option(help="Of the random inputs. [default: a fresh one, printed]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random inputs (a fresh one, printed).")] = None,
     json_file: Json = None,
 ) -> None:
     """Compare every backend with every other and with float64, forward and backward; exit 1 on a mismatch."""
@@ -118,7 +118,7 @@ def check(
     import secrets
 
     import dualop
-    from dualop import cases
+    from dualop import cases, check_table
     from dualop import check as checks
 
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -129,6 +129,8 @@ def check(
     _say_unavailable(out, unavailable)
     calls = [(op, case, name) for op, case in plan for name in _dtypes(dtype) if case.has(name)]
     samples = [(op, cases.sample(op, case, name, device, seed)) for op, case, name in calls]
+    where = "interpreted on the CPU" if device.type == "cpu" else "on the GPU"
+    out.print(f"{len(samples)} calls of {', '.join(names)} {where}, seed {seed}; new kernels are compiled first")
     rows: list[checks.Row] = []
     with _bar(out) as bar:
         if "cuda" in names:
@@ -138,8 +140,9 @@ def check(
             rows += checks.cross_check(op, s, names)
             step(i + 1, len(samples))
     ok = all(row.ok for row in rows)
-    _print_check(out, rows, by_quantity=bool(chain))
-    where = "interpreted on the CPU" if device.type == "cpu" else "on the GPU"
+    out.print(check_table.summary(rows, by_quantity=bool(chain)))
+    if not ok:
+        out.print(check_table.mismatches(rows))
     out.print(
         f"{'ok' if ok else 'MISMATCH'}: {', '.join(names)} {where}, {len(samples)} calls, {len(rows)} comparisons, "
         f"seed {seed}",
@@ -205,6 +208,8 @@ def _device() -> torch.device:
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ.setdefault("DUALOP_INTERPRET", "1")
+        # Triton's interpreter computes with numpy, which warns of every NaN and infinity that the check puts in.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.|numpy\.")
     from dualop.registry import interpreting
 
     return torch.device("cuda" if gpu and not interpreting() else "cpu")
@@ -280,14 +285,6 @@ def _steps(out: Console, total: int) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
         task, done = progress.add_task("", total=total), itertools.count()
         yield lambda text: progress.update(task, description=text, completed=next(done))
-
-
-def _print_check(out: Console, rows: Sequence[Row], by_quantity: bool) -> None:
-    from dualop.check_table import mismatches, summary
-
-    out.print(summary(rows, by_quantity))
-    if not all(row.ok for row in rows):
-        out.print(mismatches(rows))
 
 
 def _write(path: Path | None, content: dict[str, Any]) -> None:

@@ -1,0 +1,186 @@
+"""Check, then time: the rows of `dualop bench`."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch._functorch import config as functorch_config
+
+from dualop import check, truth
+from dualop.bench import timing
+from dualop.bench.workloads import (
+    BACKWARD,
+    COMPILED,
+    COPY,
+    EAGER,
+    FORWARD,
+    Function,
+    Workload,
+    calls,
+    contestants,
+    copies,
+)
+from dualop.cases import Sample
+from dualop.registry import BACKENDS
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `copy_share` is the time of a device copy of the same bytes over this time: 1 is the copy's speed.
+
+    `max_ulp` is the largest error against float64, over the results of that direction (None: infinite or not known).
+    """
+
+    backend: str
+    direction: str
+    chain: str
+    dtype: str
+    shape: list[int]
+    time_us: float | None = None
+    low_us: float | None = None
+    high_us: float | None = None
+    gbps: float | None = None
+    copy_share: float | None = None
+    vs_eager: float | None = None
+    vs_compile: float | None = None
+    max_ulp: float | None = None
+    ok: bool = True
+    interpreted: bool = False
+    method: str = ""
+    sets: int = 1
+    note: str = ""
+
+
+def steps(backends: int, compiled: bool) -> int:
+    """How often `measure` calls `progress` for so many backends."""
+    functions = backends + 1 + compiled
+    return functions + 2 * (functions + 1)
+
+
+def measure(workload: Workload, backends: Sequence[str], compiled: bool, seed: int, progress: Progress) -> list[Row]:
+    """The rows of one workload: device copy, eager, torch.compile and the backends, forward and backward.
+
+    A backend whose results are wrong has a row that is not ok, with no time.
+    """
+    if compiled:
+        torch._dynamo.reset()  # or the next shape would be compiled for all shapes
+    rows: list[Row] = []
+    functions = contestants(workload, list(backends), compiled)
+    with functorch_config.patch(donated_buffer=False):  # a compiled backward may otherwise run only once
+        verdicts = _verdicts(workload, functions, seed, progress)
+        for direction in (FORWARD, BACKWARD):
+            rows += _rows(workload, direction, functions, verdicts, seed, progress)
+    return rows
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the check found: the largest error of each direction, and what is wrong with it, if anything."""
+
+    max_ulp: dict[str, float]
+    wrong: dict[str, str]
+
+
+def _verdicts(workload: Workload, functions: dict[str, Function], seed: int, progress: Progress) -> dict[str, Verdict]:
+    sample = workload.sample(seed, _checked_rows(workload))
+    exact = truth.truth(workload.chain, sample)
+    verdicts = {}
+    for name, function in functions.items():
+        progress(f"checking {name}")
+        worst, wrong = {FORWARD: 0.0, BACKWARD: 0.0}, {}
+        try:
+            # Poisoning is a global switch that torch.compile would compile for once more.
+            found = check.results(function, workload.chain.operands, sample, poison=name in BACKENDS)
+        except Exception as error:
+            note = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            verdicts[name] = Verdict({}, {FORWARD: note, BACKWARD: note})
+            continue
+        for quantity, value in found.items():
+            direction = FORWARD if quantity == "y" else BACKWARD
+            expected = exact[quantity]
+            allowed = expected.tolerance(quantity, name, value.dtype, sample.gy.dtype)
+            result = check.compare(value, expected.value, allowed, expected.scale, expected.unsettled)
+            worst[direction] = max(worst[direction], result.max_ulp)
+            # Eager and torch.compile round between the stages: their error is shown, not judged.
+            if name in BACKENDS and not result.ok:
+                wrong[direction] = f"wrong: {quantity}{list(result.where or ())} is {result.note}"
+        verdicts[name] = Verdict(worst, wrong)
+        del found
+    return verdicts
+
+
+def _checked_rows(workload: Workload) -> int | None:
+    """All rows if the float64 truth fits half of the free memory, or as many of the first ones as do."""
+    if workload.device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(workload.device)
+    elements = torch.Size(workload.shape).numel()
+    # Upcast inputs, every stage's result kept twice, their gradients, and the temporaries of a comparison.
+    needed = elements * 8 * (4 * len(workload.chain.operands) + 4 * len(workload.chain.calls) + 16)
+    return None if needed < free / 2 else max(1, int(workload.shape[0] * free / 2 / needed))
+
+
+def _rows(
+    workload: Workload,
+    direction: str,
+    functions: dict[str, Function],
+    verdicts: dict[str, Verdict],
+    seed: int,
+    progress: Progress,
+) -> list[Row]:
+    device, count = workload.device, workload.bytes(direction)
+    sets = timing.sets_beyond_cache(count, device)
+    common = Row("", direction, str(workload.chain), workload.dtype, list(workload.shape), sets=sets)
+    samples: list[Sample] = [workload.sample(seed + i) for i in range(sets)]
+    rows: list[Row] = []
+    with timing.on_stream(device) as stream:
+        progress(f"{direction}: {COPY}")
+        copy = timing.timed(copies(count, sets, device), stream)
+        rows.append(_filled(replace(common, backend=COPY), copy, count, copy))
+        for name, function in functions.items():
+            row = replace(common, backend=name, interpreted=name in BACKENDS and BACKENDS[name].interpreted)
+            verdict = verdicts[name]
+            if direction in verdict.wrong:
+                rows.append(replace(row, ok=name not in BACKENDS, note=verdict.wrong[direction]))
+                continue
+            progress(f"{direction}: {name}")
+            gc.collect()
+            result = timing.timed(calls(function, direction, samples), stream)
+            worst = verdict.max_ulp[direction]
+            row = replace(row, max_ulp=round(worst, 3) if worst < torch.inf else None)
+            rows.append(_filled(row, result, count, copy))
+    return with_ratios(rows)
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one direction with how many times as long eager and torch.compile take."""
+    times = {row.backend: row.time_us for row in rows}
+
+    def ratio(other: str, row: Row) -> float | None:
+        base = times.get(other)
+        return round(base / row.time_us, 3) if base and row.time_us and row.backend != COPY else None
+
+    return [replace(row, vs_eager=ratio(EAGER, row), vs_compile=ratio(COMPILED, row)) for row in rows]
+
+
+def with_time(row: Row, result: timing.Timing) -> Row:
+    return replace(
+        row,
+        time_us=round(result.median_us, 3),
+        low_us=round(result.low_us, 3),
+        high_us=round(result.high_us, 3),
+        method=result.method,
+        note=result.note,
+    )
+
+
+def _filled(row: Row, result: timing.Timing, count: int, copy: timing.Timing) -> Row:
+    gbps, share = count / result.median_us / 1e3, copy.median_us / result.median_us
+    return replace(with_time(row, result), gbps=round(gbps, 2), copy_share=round(share, 4))

@@ -1,0 +1,136 @@
+"""How long a call takes on the device: CUDA-graph replay, events where a call cannot be captured, a clock on the CPU.
+
+A graph holds many calls, so that neither the host nor the events between them count; one replay is one sample. Where
+the data of a call would stay in the L2 cache, the calls take turns on several sets of inputs (`sets_beyond_cache`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Calls = Sequence[Callable[[], object]]
+
+SAMPLE_US = 300.0  # a replay lasts at least this long: the events around it resolve half a microsecond
+BUDGET_S = 0.25  # of device time for the samples of one figure
+MOST_SAMPLES, FEWEST_SAMPLES = 200, 10
+MOST_SETS = 32
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: the median, and the tenth and ninetieth percentile of the samples."""
+
+    median_us: float
+    low_us: float
+    high_us: float
+    samples: int
+    method: str  # "graph", "events" or "clock"
+    note: str = ""
+
+    @property
+    def spread(self) -> float:
+        """The width between the percentiles as a share of the median."""
+        return (self.high_us - self.low_us) / self.median_us if self.median_us else 0.0
+
+
+def sets_beyond_cache(bytes_a_call: int, device: torch.device) -> int:
+    """How many sets of inputs make four times the L2 cache: 1 where one is enough, at most MOST_SETS."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(MOST_SETS, math.ceil(4 * cache / max(1, bytes_a_call))))
+
+
+@contextmanager
+def on_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+    """A side stream to prepare and time calls on. A backward runs on the stream of its forward, which must be the
+    one that is captured, so the forward too has to be called in here."""
+    if device.type != "cuda":
+        yield None
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield stream
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def timed(calls: Calls, stream: torch.cuda.Stream | None) -> Timing:
+    """Time the calls, which do the same on different data; `stream` is what `on_stream` gave (None: the CPU)."""
+    if stream is None:
+        return _clocked(calls)
+    for _ in range(3):  # compile, tune, and fill the allocator
+        for call in calls:
+            call()
+    rough = _events(calls, 2)
+    rounds = max(1, math.ceil(SAMPLE_US / max(rough * len(calls), 0.1)))
+    rounds = min(rounds, max(1, 512 // len(calls)))
+    samples = int(BUDGET_S * 1e6 / max(rough * len(calls) * rounds, 1.0))
+    samples = max(FEWEST_SAMPLES, min(MOST_SAMPLES, samples))
+    method, note = "graph", ""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+
+        def run() -> None:
+            graph.replay()
+
+    except Exception as error:  # a call that synchronises, or allocates elsewhere
+        torch.cuda.synchronize()
+        first = (str(error).strip().splitlines() or [""])[0]
+        method, note = "events", f"not capturable ({type(error).__name__}: {first[:80]}), so the host's time counts too"
+
+        def run() -> None:
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+
+    for _ in range(2):
+        run()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(samples)]
+    for start, end in pairs:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) * 1e3 / (rounds * len(calls)) for start, end in pairs]
+    return _summary(times, method, note)
+
+
+def _events(calls: Calls, rounds: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(rounds):
+        for call in calls:
+            call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e3 / (rounds * len(calls))
+
+
+def _clocked(calls: Calls) -> Timing:
+    for call in calls:
+        call()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < BUDGET_S * 1e6 and len(times) < MOST_SAMPLES):
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        times.append((time.perf_counter() - start) * 1e6 / len(calls))
+    return _summary(times, "clock", "")
+
+
+def _summary(times: list[float], method: str, note: str) -> Timing:
+    ordered = sorted(times)
+    at = lambda share: ordered[round(share * (len(ordered) - 1))]
+    return Timing(at(0.5), at(0.1), at(0.9), len(ordered), method, note)

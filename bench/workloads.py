@@ -1,0 +1,114 @@
+"""What is benchmarked: a chain on tensors of one shape and dtype, and who computes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualop.backends.reference import evaluate
+from dualop.cases import DTYPES, OPERAND_FORMS, Case, Sample, sample
+from dualop.chains import Chain
+from dualop.errors import ShapeError
+
+EAGER, COMPILED, COPY = "eager", "torch.compile", "copy"
+FORWARD, BACKWARD = "forward", "backward"
+
+FORMS = ("last", "row", "channel", "scalar", "full")  # of operands, as in OPERAND_FORMS
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`chain` on x of `shape` and `dtype`; the operands have the forms of `operands` in turn (OPERAND_FORMS)."""
+
+    chain: Chain
+    shape: tuple[int, ...]
+    dtype: str
+    device: torch.device
+    operands: tuple[str, ...] = ("last",)
+
+    def __post_init__(self) -> None:
+        if "channel" in self.operands and len(self.shape) < 2:
+            raise ShapeError(f"x of shape {self.shape} has no channel; give it two dimensions or more")
+
+    def sample(self, seed: int, rows: int | None = None) -> Sample:
+        """One set of inputs and a gy; only the first `rows` of x if given."""
+        shape = self.shape if rows is None else (min(rows, self.shape[0]), *self.shape[1:])
+        if self.device.type == "cpu" or rows is not None:
+            return sample(self.chain, Case("bench", shape, self.operands), self.dtype, self.device, seed)
+        # On the device itself: a random number a nanosecond on the CPU would take longer than all the timing.
+        generator = torch.Generator(self.device).manual_seed(seed)
+        like: dict[str, Any] = {"dtype": DTYPES[self.dtype], "device": self.device, "generator": generator}
+        forms = [self.operands[i % len(self.operands)] for i in range(len(self.chain.operands))]
+        x, gy, *operands = (torch.randn(s, **like) for s in (shape, shape, *(OPERAND_FORMS[f](shape) for f in forms)))
+        return Sample(x, tuple(operands), gy, self.dtype, "bench")
+
+    def bytes(self, direction: str) -> int:
+        """What must cross the memory bus: forward reads x and writes y, backward reads x and gy and writes grad x;
+        both read the operands, and backward writes their gradients."""
+        size = DTYPES[self.dtype].itemsize
+        x = math.prod(self.shape)
+        forms = [self.operands[i % len(self.operands)] for i in range(len(self.chain.operands))]
+        operands = sum(math.prod(OPERAND_FORMS[form](self.shape)) for form in forms)
+        return size * (2 * x + operands if direction == FORWARD else 3 * x + 2 * operands)
+
+
+def contestants(workload: Workload, backends: list[str], compiled: bool) -> dict[str, Function]:
+    """Name to function of (x, *operands): torch eager, torch.compile and the backends.
+
+    Eager and torch.compile get the chain as a user would write it: torch's functions one after the other on the
+    tensors in their own dtype.
+    """
+    written_out = partial(evaluate_on, workload.chain)
+    functions: dict[str, Function] = {EAGER: written_out}
+    if compiled:
+        functions[COMPILED] = torch.compile(written_out, dynamic=False)
+    for name in backends:
+        functions[name] = partial(workload.chain, backend=name)
+    return functions
+
+
+def evaluate_on(chain: Chain, x: Tensor, *operands: Tensor) -> Tensor:
+    return evaluate(chain, x, operands)
+
+
+def calls(function: Function, direction: str, sets: list[Sample]) -> list[Callable[[], Any]]:
+    """One call for each set of inputs.
+
+    Forward runs under no_grad, as in inference. Backward is what autograd launches: `torch.autograd.grad` through a
+    graph whose forward ran once, outside.
+    """
+    if direction == FORWARD:
+        return [partial(_no_grad, function, (s.x, *s.operands)) for s in sets]
+    backwards = []
+    for s in sets:
+        leaves = [t.detach().requires_grad_() for t in (s.x, *s.operands)]
+        y = function(*leaves)
+        backwards.append(partial(torch.autograd.grad, y, leaves, s.gy, retain_graph=True))
+    return backwards
+
+
+@torch.no_grad()
+def _no_grad(function: Function, tensors: tuple[Tensor, ...]) -> Tensor:
+    return function(*tensors)
+
+
+def copies(count_bytes: int, sets: int, device: torch.device) -> list[Callable[[], Any]]:
+    """Device copies that read and write `count_bytes` together, each from its own source into new memory."""
+    sources = [torch.ones(max(1, count_bytes // 8), dtype=torch.float32, device=device) for _ in range(sets)]
+    return [source.clone for source in sources]
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """The numbers of a text like 16384x8192; raises ShapeError."""
+    parts = text.lower().replace("×", "x").split("x")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ShapeError(f"a shape is written like 16384x8192, not {text!r}")
+    return tuple(int(part) for part in parts)

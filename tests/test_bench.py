@@ -1,0 +1,187 @@
+"""The benchmarks: what they count, that they check before they time, what they write. Not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from test_cli import run
+from test_cli import wrong as wrong
+
+import dualop
+from dualop.bench import linear95, measure, table, timing, workloads
+from dualop.bench.workloads import BACKWARD, COMPILED, COPY, EAGER, FORWARD, Workload
+from dualop.errors import ShapeError
+
+CPU = torch.device("cpu")
+
+
+def quiet(text):
+    pass
+
+
+def workload(text="add | tanh", shape=(6, 10), dtype="float32", operands=("last",), device=CPU):
+    return Workload(dualop.chain(text), shape, dtype, device, operands)
+
+
+def test_shapes():
+    assert workloads.parse_shape("16384x8192") == (16384, 8192)
+    assert workloads.parse_shape("2X3×4") == (2, 3, 4)
+    for text in ("", "x", "3x", "-1x2", "0", "4*4"):
+        with pytest.raises(ShapeError):
+            workloads.parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("operands", "count"), [(("last",), 10), (("row",), 6), (("scalar",), 1), (("full",), 60)], ids=str
+)
+def test_bytes_are_what_has_to_move(operands, count):
+    work = workload(dtype="bfloat16", operands=operands)
+    assert work.bytes(FORWARD) == 2 * (60 + 60 + count)
+    assert work.bytes(BACKWARD) == 2 * (60 + 60 + 60 + 2 * count)
+
+
+def test_a_copy_moves_the_bytes_it_is_asked_for():
+    (copy,) = workloads.copies(4096, 1, CPU)
+    assert 2 * copy().nbytes == 4096
+
+
+def test_forward_and_backward_calls_do_what_they_say():
+    work = workload("add | mul(scale) | tanh")
+    sample = work.sample(0)
+    function = workloads.contestants(work, [], compiled=False)[EAGER]
+    (forward,) = workloads.calls(function, FORWARD, [sample])
+    x, add, scale = sample.x, *sample.operands
+    y = forward()
+    torch.testing.assert_close(y, torch.tanh((x + add) * scale), rtol=0, atol=0)
+    assert not y.requires_grad
+    (backward,) = workloads.calls(function, BACKWARD, [sample])
+    gz = sample.gy * (1 - y * y)
+    for _ in range(2):  # the graph is kept
+        gx, gadd, gscale = backward()
+        torch.testing.assert_close(gx, gz * scale)
+        torch.testing.assert_close(gadd, (gz * scale).sum(0))
+        torch.testing.assert_close(gscale, (gz * (x + add)).sum(0))
+
+
+def test_fewer_rows_of_a_large_workload():
+    work = workload(shape=(100, 10), operands=("full",))
+    sample = work.sample(0, rows=7)
+    assert sample.x.shape == sample.gy.shape == sample.operands[0].shape == (7, 10)
+
+
+def test_timing_takes_the_median():
+    found = timing._summary([5.0, 1.0, 3.0, 2.0, 4.0, 100.0, 3.5, 2.5, 4.5, 3.2, 3.1], "clock", "")
+    assert (found.median_us, found.low_us, found.high_us, found.samples) == (3.2, 2.0, 5.0, 11)
+    assert found.spread == pytest.approx(3.0 / 3.2)
+
+
+def test_calls_take_turns():
+    seen = []
+    found = timing.timed([lambda: seen.append(0), lambda: seen.append(1)], None)
+    assert found.method == "clock" and found.samples >= 3 and found.low_us <= found.median_us <= found.high_us
+    assert seen[:4] == [0, 1, 0, 1] and seen.count(0) == seen.count(1)
+
+
+def test_rows_of_a_workload():
+    calls = []
+    rows = measure.measure(workload(), ["reference"], False, 0, calls.append)
+    assert len(calls) == measure.steps(1, False)
+    assert [(r.direction, r.backend) for r in rows] == [
+        (direction, name) for direction in (FORWARD, BACKWARD) for name in (COPY, EAGER, "reference")
+    ]
+    for group in (rows[:3], rows[3:]):
+        copy, eager, ours = group
+        assert copy.copy_share == 1 and copy.vs_eager is None and eager.vs_eager == 1
+        assert ours.vs_eager == pytest.approx(eager.time_us / ours.time_us, rel=1e-2)
+        assert ours.copy_share == pytest.approx(copy.time_us / ours.time_us, rel=1e-2, abs=1e-3)
+        count = workload().bytes(ours.direction)
+        assert copy.gbps == pytest.approx(count / copy.time_us / 1e3, rel=1e-2, abs=1e-2)
+        assert ours.ok and not ours.interpreted and math.isfinite(ours.max_ulp) and ours.vs_compile is None
+
+
+def test_what_is_wrong_is_not_timed(wrong):
+    rows = measure.measure(workload(), [wrong], False, 0, quiet)
+    forward, backward = (row for row in rows if row.backend == wrong)
+    assert not forward.ok and forward.time_us is None and "wrong: y" in forward.note
+    assert backward.ok and backward.time_us > 0
+    result = run("bench", "--backend", wrong, "--no-compile", "--shape", "4x8", "--dtype", "float32")
+    assert result.exit_code == 1 and "wrong: y" in result.output
+
+
+def test_torch_compile_is_a_row_and_may_run_backward_twice():
+    rows = measure.measure(workload("relu"), [], True, 0, quiet)
+    compiled = [row for row in rows if row.backend == COMPILED]
+    assert [row.direction for row in compiled] == [FORWARD, BACKWARD]
+    assert all(row.time_us > 0 and row.vs_compile == 1 and not row.note for row in compiled)
+
+
+def test_the_command_writes_rows(tmp_path, device):
+    file = tmp_path / "bench.json"
+    names = "cuda,triton,reference"
+    shapes = ["4x8", "2x3x5"]
+    result = run("bench", "--backend", names, "--no-compile", "--shape", ",".join(shapes), "--json", str(file))
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text())
+    assert found["device"]["type"] == device.type and found["device"]["torch"] == torch.__version__
+    keys = {"backend", "direction", "chain", "dtype", "shape", "time_us", "gbps", "copy_share", "interpreted"}
+    assert all(keys <= set(row) and row["time_us"] > 0 for row in found["rows"])
+    assert {(tuple(row["shape"]), row["dtype"], row["direction"]) for row in found["rows"]} == {
+        (shape, dtype, direction)
+        for shape in ((4, 8), (2, 3, 5))
+        for dtype in ("float32", "bfloat16")
+        for direction in (FORWARD, BACKWARD)
+    }
+    assert {row["backend"] for row in found["rows"]} == {COPY, EAGER, "cuda", "triton", "reference"}
+    interpreted = {row["backend"] for row in found["rows"] if row["interpreted"]}
+    if device.type == "cpu":
+        assert interpreted == {"cuda", "triton"}
+        assert "wall clock on the CPU" in found["times"] and "interpreted" in result.output
+    else:
+        assert not interpreted and all(row["method"] == "graph" for row in found["rows"])
+
+
+def test_columns_without_a_value_are_left_out():
+    rows = [measure.Row("eager", FORWARD, "relu", "float32", [2], time_us=3.0)]
+    assert [column.header for column in table.render(rows, "t").columns] == ["direction", "backend", "µs"]
+
+
+def test_linear95_agrees(device):
+    calls = []
+    agreements, rows = linear95.run(["reference", "cuda"], ["float32", "bfloat16"], device, False, 0, calls.append)
+    assert len(calls) == 2 * linear95.steps(2, False)
+    quantities = ("y", "grad_input", "grad_weight", "grad_bias", "grad_add_value")
+    assert [(a.dtype, a.backend) for a in agreements] == [
+        (d, b) for d in ("float32", "bfloat16") for b in ("reference", "cuda") for _ in quantities
+    ]
+    assert {a.quantity for a in agreements} == set(quantities) and all(a.ok for a in agreements)
+    assert {row.backend for row in rows} == {EAGER, "reference", "cuda", linear95.LINEAR}
+    assert {row.direction for row in rows} == {FORWARD, linear95.STEP} and all(row.time_us > 0 for row in rows)
+
+
+def test_linear95_finds_what_is_wrong(wrong):
+    agreements, rows = linear95.run([wrong], ["float32"], CPU, False, 0, quiet)
+    assert [a.quantity for a in agreements if not a.ok] == ["y"]
+    assert [row.time_us for row in rows if row.backend == wrong] == [None, None]
+    result = run("bench", "--problem", "linear95", "--backend", wrong, "--no-compile", "--dtype", "float32")
+    assert result.exit_code == 1 and "DIFFERS" in result.output
+
+
+@pytest.mark.gpu
+def test_times_on_the_gpu_are_those_of_the_device(device):
+    work = workload("add | tanh", (2048, 4096), "bfloat16", ("last",), device)
+    rows = measure.measure(work, ["cuda", "triton"], True, 0, quiet)
+    assert all(row.ok and row.method == "graph" for row in rows), [(row.backend, row.note) for row in rows]
+    assert all(row.sets > 1 for row in rows)  # 32 MiB would stay in the cache
+    assert all(0.02 < row.copy_share < 1.5 for row in rows)
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_timed_by_events(device):
+    x = torch.ones(1000, device=device)
+    with timing.on_stream(device) as stream:
+        found = timing.timed([lambda: x.sum().item()], stream)
+        assert found.method == "events" and "not capturable" in found.note and found.median_us > 0
+        assert timing.timed([x.clone], stream).method == "graph"  # and the device is well afterwards
