@@ -132,7 +132,7 @@ struct hardsigmoid {
 struct hardswish {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * hardsigmoid::forward<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        return z <= T(-3) ? T(0) : z < T(3) ? gy * (z * T(1.0 / 3) + T(0.5)) : gy;
+        return z <= T(-3) ? T(0) : z < T(3) ? gy * ((z + T(1.5)) * T(1.0 / 3)) : gy;
     }
 };
 
@@ -182,7 +182,8 @@ struct silu {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::sigmoid<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         const T s = math::sigmoid<bits>(z);
-        return gy * (s * (T(1) + z * (T(1) - s)));
+        return gy * math::near_zero<bits>(s * (T(1) + z * (T(1) - s)), z, -1.27846456f, 1.29792825e-08f, 0.217811719f,
+                                          0.14664878f, 0.0188730732f, -0.0152222039f, -0.00653208932f, 0.000132912726f);
     }
 };
 
@@ -226,7 +227,9 @@ struct mish {
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         const T near = min_nan(z, T(20)), e = math::exp<bits>(near), n = e * (e + T(2)), r = math::rcp<bits>(n + T(2));
-        return gy * (n * r + near * (T(4) * e * (T(1) + e) * (r * r)));
+        const T far = n * r + near * (T(4) * e * (T(1) + e) * (r * r));
+        return gy * math::near_zero<bits>(far, z, -1.19243121f, -3.04393755e-09f, 0.266947925f, 0.204731271f,
+                                          0.0419053696f, -0.0202743057f, -0.0157170296f, -0.00326411217f);
     }
 };
 
@@ -242,7 +245,7 @@ struct softsign {
 struct gelu {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::normcdf<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        return gy * (math::normcdf<bits>(z) + z * math::normpdf<bits>(z));
+        return gy * math::gelu_slope<bits>(z, math::normcdf<bits>(z), math::normpdf<bits>(z));
     }
 };
 
@@ -250,7 +253,7 @@ struct gelu {
 struct gelu_unit {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::normcdf_unit<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        return gy * (math::normcdf_unit<bits>(z) + z * math::normpdf_unit<bits>(z));
+        return gy * math::gelu_slope<bits>(z, math::normcdf_unit<bits>(z), math::normpdf_unit<bits>(z));
     }
 };
 
@@ -264,7 +267,9 @@ struct gelu_tanh {
         // The second term has long vanished at |z| = 20, before its cube overflows.
         const T near = min_nan(max_nan(z, T(-20)), T(20)), z2 = near * near;
         const T s = math::sigmoid<bits>(T(slope) * near * (T(1) + T(cubic) * z2));
-        return gy * (s + near * (s * (T(1) - s)) * (T(slope) * (T(1) + T(3 * cubic) * z2)));
+        const T far = s + near * (s * (T(1) - s)) * (T(slope) * (T(1) + T(3 * cubic) * z2));
+        return gy * math::near_zero<bits>(far, z, -0.752461433f, 1.13396279e-08f, 0.430400133f, 0.387518167f,
+                                          -0.015794063f, -0.113922022f, -0.0161348451f, 0.0192367211f);
     }
 };
 

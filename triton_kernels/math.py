@@ -109,6 +109,29 @@ def sech2(z, BITS: tl.constexpr):
 
 
 @triton.jit
+def near_zero(
+    far,
+    z,
+    hi: tl.constexpr,
+    lo: tl.constexpr,
+    c0: tl.constexpr,
+    c1: tl.constexpr,
+    c2: tl.constexpr,
+    c3: tl.constexpr,
+    c4: tl.constexpr,
+    c5: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """A derivative that has a zero at hi + lo, where its formula `far` cancels: close to it a polynomial."""
+    if BITS != 24:
+        return far
+    else:
+        t = (z - hi) - lo
+        near = t * (c0 + t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * c5)))))
+        return tl.where(tl.abs(t) < 0.25, near, far)
+
+
+@triton.jit
 def normpdf(z, BITS: tl.constexpr):
     """The density of the normal distribution."""
     inverse_sqrt_2pi: tl.constexpr = 0.3989422804014327
@@ -153,3 +176,22 @@ def normcdf_unit(z, BITS: tl.constexpr):
     else:
         p = -0.00118635304 + u * (0.000113512659 + u * -7.66467929e-06)
         return 0.5 + z * (0.398942292 + u * (-0.0664903596 + u * (0.00997333135 + u * p)))
+
+
+@triton.jit
+def gelu_slope(z, cdf, pdf, BITS: tl.constexpr):
+    """gelu's derivative, given Phi and the density."""
+    far = cdf + z * pdf
+    return near_zero(
+        far,
+        z,
+        -0.751791537,
+        1.21144499e-08,
+        0.431494027,
+        0.388284743,
+        -0.018209355,
+        -0.113988124,
+        -0.0143532213,
+        0.0190178882,
+        BITS,
+    )

@@ -194,7 +194,7 @@ def hardswish(z, BITS: tl.constexpr):
 
 @triton.jit
 def hardswish_backward(z, gy, BITS: tl.constexpr):
-    return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, gy * (z * (1.0 / 3) + 0.5), gy))
+    return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, gy * ((z + 1.5) * (1.0 / 3)), gy))
 
 
 # ---- smooth stages ---------------------------------------------------------------------------------------------------
@@ -254,7 +254,20 @@ def silu(z, BITS: tl.constexpr):
 @triton.jit
 def silu_backward(z, gy, BITS: tl.constexpr):
     s = math.sigmoid(z, BITS)
-    return gy * (s * (1.0 + z * (1.0 - s)))
+    far = s * (1.0 + z * (1.0 - s))
+    return gy * math.near_zero(
+        far,
+        z,
+        -1.27846456,
+        1.29792825e-08,
+        0.217811719,
+        0.14664878,
+        0.0188730732,
+        -0.0152222039,
+        -0.00653208932,
+        0.000132912726,
+        BITS,
+    )
 
 
 @triton.jit
@@ -316,7 +329,20 @@ def mish_backward(z, gy, BITS: tl.constexpr):
     e = math.exp(near, BITS)
     n = e * (e + 2.0)
     r = math.rcp(n + 2.0, BITS)
-    return gy * (n * r + near * (4.0 * e * (1.0 + e) * (r * r)))
+    far = n * r + near * (4.0 * e * (1.0 + e) * (r * r))
+    return gy * math.near_zero(
+        far,
+        z,
+        -1.19243121,
+        -3.04393755e-09,
+        0.266947925,
+        0.204731271,
+        0.0419053696,
+        -0.0202743057,
+        -0.0157170296,
+        -0.00326411217,
+        BITS,
+    )
 
 
 @triton.jit
@@ -338,7 +364,7 @@ def gelu(z, BITS: tl.constexpr):
 
 @triton.jit
 def gelu_backward(z, gy, BITS: tl.constexpr):
-    return gy * (math.normcdf(z, BITS) + z * math.normpdf(z, BITS))
+    return gy * math.gelu_slope(z, math.normcdf(z, BITS), math.normpdf(z, BITS), BITS)
 
 
 # gelu for |z| <= 1, for instance behind tanh; chosen by dualop/ranges.py.
@@ -349,7 +375,7 @@ def gelu_unit(z, BITS: tl.constexpr):
 
 @triton.jit
 def gelu_unit_backward(z, gy, BITS: tl.constexpr):
-    return gy * (math.normcdf_unit(z, BITS) + z * math.normpdf_unit(z, BITS))
+    return gy * math.gelu_slope(z, math.normcdf_unit(z, BITS), math.normpdf_unit(z, BITS), BITS)
 
 
 # z (1 + tanh(u)) / 2 = z sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3)
@@ -366,7 +392,20 @@ def gelu_tanh_backward(z, gy, BITS: tl.constexpr):
     near = min_nan(max_nan(z, number(z, -20.0)), number(z, 20.0))
     z2 = near * near
     s = math.sigmoid(slope * near * (1.0 + 0.044715 * z2), BITS)
-    return gy * (s + near * (s * (1.0 - s)) * (slope * (1.0 + 3.0 * 0.044715 * z2)))
+    far = s + near * (s * (1.0 - s)) * (slope * (1.0 + 3.0 * 0.044715 * z2))
+    return gy * math.near_zero(
+        far,
+        z,
+        -0.752461433,
+        1.13396279e-08,
+        0.430400133,
+        0.387518167,
+        -0.015794063,
+        -0.113922022,
+        -0.0161348451,
+        0.0192367211,
+        BITS,
+    )
 
 
 # ---- plain functions -------------------------------------------------------------------------------------------------
