@@ -16,7 +16,7 @@ import torch
 
 from dualop import build
 from dualop.build import Build
-from dualop.sources import folder
+from dualop.sources import cuda_header
 
 KERNELS = r"""
 namespace dualop {
@@ -175,7 +175,7 @@ DUALOP_EXPORT const char* text_of(int error) { return error_text(error); }
 
 
 def source(header: str) -> str:
-    return (folder("cuda") / header).read_text().replace("#pragma once\n", "") + KERNELS
+    return cuda_header(header, host=header == "host.cuh") + KERNELS
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +402,7 @@ DUALOP_EXPORT void* run_where() {
     return y;
 }
 """
-    text = (folder("cuda") / "host.cuh").read_text().replace("#pragma once\n", "")
+    text = cuda_header("host.cuh", host=True)
     libraries = [Build("host_storage", text + kernel % size, host=True).load() for size in (4, 4096)]
     for library in libraries:
         library.run_where.restype = ctypes.c_void_p
@@ -414,7 +414,7 @@ def test_both_headers_give_the_same_names() -> None:
     other = re.compile(r"^(?:#define |template <> struct (?:alignas\(\d+\) )?)(DUALOP_\w+|Bytes<\d+>)", re.MULTILINE)
 
     def names(header: str) -> set[str]:
-        text = (folder("cuda") / header).read_text()
+        text = cuda_header(header, host=header == "host.cuh")
         return {*function.findall(text), *other.findall(text)}
 
     device, host = names("device.cuh"), names("host.cuh")
