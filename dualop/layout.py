@@ -124,8 +124,10 @@ class Layout:
                 done.append((gradient if whole_size else gradient.contiguous()).to(tensor.device))
         return done
 
-    def readable(self, index: int, tensor: Tensor) -> Tensor:
-        """The tensor as the kernel reads it: itself, or a copy where the view asks for one."""
+    def readable(self, index: int, tensor: Tensor, device: torch.device) -> Tensor:
+        """The tensor as the kernel reads it: itself, or a copy where the view or the device asks for one."""
+        if tensor.device != device:  # a number on the CPU
+            tensor = tensor.to(device, non_blocking=True)
         strides = self.views[index].copy
         if strides is None:
             return tensor

@@ -92,7 +92,7 @@ def read(view: Layout, index: int, tensor: Tensor) -> Tensor:
         row = row % v.mod
     offset += row * v.row_stride if v.kind & ROW else 0
     offset += column if v.kind & COLUMN else 0
-    return memory(view.readable(index, tensor))[offset]
+    return memory(view.readable(index, tensor, tensor.device))[offset]
 
 
 def in_memory_order(view: Layout, values: Tensor) -> Tensor:
@@ -255,14 +255,14 @@ def test_no_copy(name: str) -> None:
     view = check([t.detach() for t in tensors])
     assert [v.copy for v in view.views] == [None] * len(tensors)
     for i, tensor in enumerate(tensors):
-        assert view.readable(i, tensor) is tensor
+        assert view.readable(i, tensor, tensor.device) is tensor
 
 
 def test_a_copy_is_no_larger_than_its_tensor() -> None:
     """Columns with gaps have no view; what stands in for them is as large as the tensor and not as the result."""
     x, bias = randn(6, 16)[:, ::2], randn(16)[::2]
     view = check([x, bias])
-    assert view.readable(0, x).numel() == x.numel() and view.readable(1, bias).numel() == bias.numel()
+    assert view.readable(0, x, x.device).numel() == x.numel() and view.readable(1, bias, x.device).numel() == bias.numel()
 
 
 def test_the_same_call_has_the_same_layout() -> None:

@@ -221,7 +221,7 @@ def _plain_inputs(chain: Chain) -> tuple[tuple[torch.dtype, int], ...]:
 
 
 def _readable(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    return [view.readable(i, t if t.device == device else t.to(device)) for i, t in enumerate(tensors)]
+    return [view.readable(i, t, device) for i, t in enumerate(tensors)]
 
 
 def _words(view: Layout, inputs: Sequence[Tensor]) -> list[int]:

@@ -138,8 +138,7 @@ def _tile(view: Layout) -> tuple[int, int]:
 def _arguments(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Any]:
     arguments: list[Any] = []
     for i, (v, tensor) in enumerate(zip(view.views, tensors, strict=True)):
-        readable = view.readable(i, tensor if tensor.device == device else tensor.to(device))
-        arguments += (readable, v.div, v.mod, v.row_stride, v.outer_stride)
+        arguments += (view.readable(i, tensor, device), v.div, v.mod, v.row_stride, v.outer_stride)
     return arguments
 
 
