@@ -45,22 +45,32 @@ template <int bits, class T> DUALOP_FUN T log1p(T z) {
     else return z < 0.01f ? z - 0.5f * z * z : lg2_approx(1.0f + z) * ln_2<T>;
 }
 
-template <int bits, class T> DUALOP_FUN T sigmoid(T z) { return rcp<bits>(T(1) + exp<bits>(-z)); }
+// With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e), and their product is the derivative.
+// Nothing cancels and nothing overflows.
+template <int bits, class T> DUALOP_FUN T sigmoid(T z) {
+    const T e = exp<bits>(-::fabs(z)), r = rcp<bits>(T(1) + e);
+    return z < T(0) ? e * r : r;
+}
+template <int bits, class T> DUALOP_FUN T sigmoid_slope(T z) {
+    const T e = exp<bits>(-::fabs(z)), r = rcp<bits>(T(1) + e);
+    return e * r * r;
+}
+
+// The factor T of tanh(z) = z + z^3 T, a minimax polynomial for |z| < 0.3 (16-bit results) or 0.55 (float32).
+template <int bits> constexpr float tanh_series_end = lean<bits> ? 0.3f : 0.55f;
+template <int bits> DUALOP_FUN float tanh_series(float z) {
+    const float u = z * z;
+    if constexpr (lean<bits>) return -0.333281547f + u * 0.128647104f;
+    else return -0.333333313f + u * (0.133331209f + u * (-0.0539106987f + u * (0.0213160906f + u * -0.00662128581f)));
+}
 
 template <int bits, class T> DUALOP_FUN T tanh(T z) {
     if constexpr (bits == 53) return ::tanh(z);
     else if constexpr (bits == 8) return tanh_approx(z);
     else {
-        // (1 - e) / (1 + e) with e = exp(-2 |z|), which has no accuracy left near 0; there a minimax polynomial.
-        const float e = exp<bits>(-2.0f * ::fabsf(z)), far = 1.0f - 2.0f * e * rcp<bits>(1.0f + e), z2 = z * z;
-        if constexpr (lean<bits>) {
-            const float near = z + z * z2 * (-0.333281547f + z2 * 0.128647104f);
-            return ::fabsf(z) < 0.3f ? near : ::copysignf(far, z);
-        } else {
-            const float near = z + z * z2 * (-0.333333313f + z2 * (0.133331209f + z2 * (-0.0539106987f
-                + z2 * (0.0213160906f + z2 * -0.00662128581f))));
-            return ::fabsf(z) < 0.55f ? near : ::copysignf(far, z);
-        }
+        // (1 - e) / (1 + e) with e = exp(-2 |z|), which has no accuracy left near 0.
+        const float e = exp<bits>(-2.0f * ::fabsf(z)), far = 1.0f - 2.0f * e * rcp<bits>(1.0f + e);
+        return ::fabsf(z) < tanh_series_end<bits> ? z + z * z * z * tanh_series<bits>(z) : ::copysignf(far, z);
     }
 }
 

@@ -172,18 +172,17 @@ template <number_bits alpha> struct celu {
 struct sigmoid {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return math::sigmoid<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        const T e = math::exp<bits>(-::fabs(z)), r = math::rcp<bits>(T(1) + e);
-        return gy * (e * r * r);
+        return gy * math::sigmoid_slope<bits>(z);
     }
 };
 
-// y' = s (1 + z (1 - s)) with s = sigmoid(z)
+// y' = s + z s'
 struct silu {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::sigmoid<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        const T s = math::sigmoid<bits>(z);
-        return gy * math::near_zero<bits>(s * (T(1) + z * (T(1) - s)), z, -1.27846456f, 1.29792825e-08f, 0.217811719f,
-                                          0.14664878f, 0.0188730732f, -0.0152222039f, -0.00653208932f, 0.000132912726f);
+        const T far = math::sigmoid<bits>(z) + z * math::sigmoid_slope<bits>(z);
+        return gy * math::near_zero<bits>(far, z, -1.27846456f, 1.29792825e-08f, 0.217811719f, 0.14664878f,
+                                          0.0188730732f, -0.0152222039f, -0.00653208932f, 0.000132912726f);
     }
 };
 
@@ -192,8 +191,13 @@ struct tanh {
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy * math::sech2<bits>(z); }
 };
 
+// z - tanh(z), by the series of tanh where that cancels. float64 cancels, as torch does.
 struct tanhshrink {
-    template <int bits, class T> DUALOP_FUN static T forward(T z) { return z - math::tanh<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        const T far = z - math::tanh<bits>(z);
+        if constexpr (bits == 53) return far;
+        else return ::fabsf(z) < math::tanh_series_end<bits> ? -(z * z * z) * math::tanh_series<bits>(z) : far;
+    }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         const T t = math::tanh<bits>(z);
         return gy * (t * t);
@@ -266,8 +270,9 @@ struct gelu_tanh {
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         // The second term has long vanished at |z| = 20, before its cube overflows.
         const T near = min_nan(max_nan(z, T(-20)), T(20)), z2 = near * near;
-        const T s = math::sigmoid<bits>(T(slope) * near * (T(1) + T(cubic) * z2));
-        const T far = s + near * (s * (T(1) - s)) * (T(slope) * (T(1) + T(3 * cubic) * z2));
+        const T u = T(slope) * near * (T(1) + T(cubic) * z2);
+        const T far = math::sigmoid<bits>(u)
+            + near * math::sigmoid_slope<bits>(u) * (T(slope) * (T(1) + T(3 * cubic) * z2));
         return gy * math::near_zero<bits>(far, z, -0.752461433f, 1.13396279e-08f, 0.430400133f, 0.387518167f,
                                           -0.015794063f, -0.113922022f, -0.0161348451f, 0.0192367211f);
     }

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch._C import _after_autograd_keyset as _AFTER_AUTOGRAD
 from torch._C import _any_requires_grad, _are_functorch_transforms_active
 from torch._C import _AutoDispatchBelowAutograd as _BelowAutograd
-from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from dualop import registry
-from dualop.backends.reference import reference_gradients
+from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.chains import Chain, parse
 from dualop.layout import device_of, validate
 
@@ -103,7 +103,11 @@ class ChainFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[2:])
         if ctx.op is _forward_op:
             x, *operands = ctx.saved_tensors
-            wanted = _backward_op(cotangents[0], x, operands, *ctx.arguments, needs)
+            # torch.autograd.grad(is_grads_batched=True) is a vmap that knows no op with a list of results.
+            if not torch.compiler.is_compiling() and is_legacy_batchedtensor(cotangents[0]):
+                wanted = reference_gradients(parse(ctx.arguments[0]), cotangents[0], x, operands, needs)
+            else:
+                wanted = _backward_op(cotangents[0], x, operands, *ctx.arguments, needs)
         else:
             outputs = torch.func.vjp(_reference_gradients(*ctx.arguments), *ctx.saved_tensors)
             wanted = [g for g, need in zip(outputs[1](cotangents), needs, strict=True) if need]
@@ -114,13 +118,14 @@ class ChainFunction(torch.autograd.Function):
     def jvp(ctx: Any, _op: None, _arguments: None, *tangents: Tensor | None) -> Tensor:
         # Of the forward op only: see _backward_autograd.
         # The chain is pointwise: with every input at the result's shape, the gradients of its sum are the derivatives.
+        dtype = _forward_fake(ctx.saved_tensors[0], ctx.saved_tensors[1:], *ctx.arguments).dtype
         x, *operands = torch.broadcast_tensors(*ctx.saved_tensors)
         y = _forward_fake(x, operands, *ctx.arguments)
         derivatives = _backward_op(torch.ones_like(y), x, operands, *ctx.arguments, [t is not None for t in tangents])
         # Reverse over forward mode of one level needs the products in its graph, functorch has a level for each.
         with _outer_levels() if _are_functorch_transforms_active() else nullcontext():
             terms = [d * t for d, t in zip(derivatives, [t for t in tangents if t is not None], strict=True)]
-            return sum(terms[1:], terms[0]).to(y.dtype)
+            return sum(terms[1:], terms[0]).to(dtype)
 
 
 @contextmanager
@@ -192,8 +197,11 @@ def _operand_dims(dims: Any, operands: Sequence[Tensor]) -> list[int | None]:
 def _forward_vmap(
     info: Any, dims: tuple[Any, ...], x: Tensor, operands: Sequence[Tensor], chain: str, backend: str
 ) -> tuple[Tensor, int]:
-    x, *operands = _batched((x, *operands), (dims[0], *_operand_dims(dims[1], operands)))
-    return _forward_op(x, operands, chain, backend), 0
+    tensors, places = (x, *operands), (dims[0], *_operand_dims(dims[1], operands))
+    # A number a sample promotes as a number does, though all samples' numbers lie in one tensor.
+    sample = [t if d is None else t.select(d, 0) for t, d in zip(tensors, places, strict=True)]
+    x, *operands = _batched(tensors, places)
+    return _forward_op(x, operands, chain, backend).to(result_dtype(sample[0], sample[1:])), 0
 
 
 def _backward_vmap(

@@ -105,6 +105,12 @@ class Layout:
         """Uninitialised memory for the gradient of input `index`."""
         return torch.empty_strided(like.shape, self.views[index].gradient_strides, dtype=like.dtype, device=device)
 
+    def like(self, tensor: Tensor) -> Tensor:
+        """Uninitialised memory for a gradient: in the order of the result if of its size, else contiguous."""
+        if tensor.shape == self.shape:
+            return torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
     def partial(self, index: int, row_programs: int, col_programs: int, device: torch.device) -> Tensor:
         """Uninitialised memory for the partial sums of input `index`, one for each program or row."""
         shape = self.views[index].sum_shape(self.rows, self.cols, row_programs, col_programs)

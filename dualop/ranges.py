@@ -15,6 +15,8 @@ from dualop.chains import Chain
 from dualop.stages import Call
 
 Interval = tuple[float, float]
+# Functions of the kernels that no text names.
+SPECIALISED = ("gelu_unit",)
 EVERYTHING: Interval = (-math.inf, math.inf)
 
 

@@ -123,6 +123,17 @@ def _clamp_gradient(gy: Tensor, z: Tensor, low: float, high: float) -> Tensor:
     return _kept(inside, gy)
 
 
+# aten's silu_backward, mish_backward and hardsigmoid_backward cannot be differentiated again.
+def _silu_gradient(gy: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return gy * (s * (1 + z * (1 - s)))
+
+
+def _mish_gradient(gy: Tensor, z: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(z))
+    return gy * (t + z * torch.sigmoid(z) * (1 - t * t))
+
+
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 
 _TABLE = (
@@ -153,7 +164,6 @@ _TABLE = (
         constants=lambda low, high: (low, high, clamp_gradient_at_bound()),
     ),
     Stage("relu", F.relu, lambda g, z: aten.threshold_backward(g, z, 0), "relu"),
-    Stage("relu6", F.relu6, lambda g, z: aten.hardtanh_backward(g, z, 0, 6), "relu6"),
     Stage(
         "hardtanh",
         F.hardtanh,
@@ -162,6 +172,7 @@ _TABLE = (
         (_number("min_val", -1.0), _number("max_val", 1.0)),
         problem=_bounds,
     ),
+    Stage("relu6", F.relu6, lambda g, z: aten.hardtanh_backward(g, z, 0, 6), "relu6"),
     Stage(
         "leaky_relu",
         F.leaky_relu,
@@ -185,7 +196,7 @@ _TABLE = (
         (_number("lambd", 0.5),),
         problem=lambda lambd: "lambd must not be negative" if lambd < 0 else None,
     ),
-    Stage("hardsigmoid", F.hardsigmoid, aten.hardsigmoid_backward, "hardsigmoid"),
+    Stage("hardsigmoid", F.hardsigmoid, lambda g, z: _kept((z > -3) & (z < 3), g / 6), "hardsigmoid"),
     Stage("hardswish", F.hardswish, aten.hardswish_backward, "hardswish"),
     # Smooth stages.
     Stage(
@@ -205,7 +216,7 @@ _TABLE = (
         problem=lambda alpha: "alpha must not be zero" if alpha == 0 else None,
     ),
     Stage("sigmoid", torch.sigmoid, lambda g, z: aten.sigmoid_backward(g, torch.sigmoid(z)), "sigmoid"),
-    Stage("silu", F.silu, aten.silu_backward, "silu", aliases=("swish",)),
+    Stage("silu", F.silu, _silu_gradient, "silu", aliases=("swish",)),
     Stage("tanh", torch.tanh, lambda g, z: aten.tanh_backward(g, torch.tanh(z)), "tanh"),
     Stage("tanhshrink", F.tanhshrink, lambda g, z: g * torch.tanh(z).square(), "tanhshrink"),
     Stage(
@@ -217,7 +228,7 @@ _TABLE = (
         problem=lambda beta, threshold: "beta must not be zero" if beta == 0 else None,
     ),
     Stage("logsigmoid", F.logsigmoid, lambda g, z: g * torch.sigmoid(-z), "logsigmoid"),
-    Stage("mish", F.mish, aten.mish_backward, "mish"),
+    Stage("mish", F.mish, _mish_gradient, "mish"),
     Stage("softsign", F.softsign, lambda g, z: g / (1 + z.abs()).square(), "softsign"),
     Stage(
         "gelu",

@@ -262,7 +262,9 @@ def test_a_copy_is_no_larger_than_its_tensor() -> None:
     """Columns with gaps have no view; what stands in for them is as large as the tensor and not as the result."""
     x, bias = randn(6, 16)[:, ::2], randn(16)[::2]
     view = check([x, bias])
-    assert view.readable(0, x, x.device).numel() == x.numel() and view.readable(1, bias, x.device).numel() == bias.numel()
+    assert (
+        view.readable(0, x, x.device).numel() == x.numel() and view.readable(1, bias, x.device).numel() == bias.numel()
+    )
 
 
 def test_the_same_call_has_the_same_layout() -> None:

@@ -240,12 +240,10 @@ def sigmoid(z, BITS: tl.constexpr):
 
 @triton.jit
 def sigmoid_backward(z, gy, BITS: tl.constexpr):
-    e = math.exp(-tl.abs(z), BITS)
-    r = math.rcp(1.0 + e, BITS)
-    return gy * (e * r * r)
+    return gy * math.sigmoid_slope(z, BITS)
 
 
-# y' = s (1 + z (1 - s)) with s = sigmoid(z)
+# y' = s + z s'
 @triton.jit
 def silu(z, BITS: tl.constexpr):
     return z * math.sigmoid(z, BITS)
@@ -253,8 +251,7 @@ def silu(z, BITS: tl.constexpr):
 
 @triton.jit
 def silu_backward(z, gy, BITS: tl.constexpr):
-    s = math.sigmoid(z, BITS)
-    far = s * (1.0 + z * (1.0 - s))
+    far = math.sigmoid(z, BITS) + z * math.sigmoid_slope(z, BITS)
     return gy * math.near_zero(
         far,
         z,
@@ -280,9 +277,14 @@ def tanh_backward(z, gy, BITS: tl.constexpr):
     return gy * math.sech2(z, BITS)
 
 
+# z - tanh(z), by the series of tanh where that cancels. float64 cancels, as torch does.
 @triton.jit
 def tanhshrink(z, BITS: tl.constexpr):
-    return z - math.tanh(z, BITS)
+    far = z - math.tanh(z, BITS)
+    if BITS == 53:
+        return far
+    else:
+        return tl.where(math.in_tanh_series(z, BITS), -(z * z * z) * math.tanh_series(z, BITS), far)
 
 
 @triton.jit
@@ -391,8 +393,8 @@ def gelu_tanh_backward(z, gy, BITS: tl.constexpr):
     # The second term has long vanished at |z| = 20, before its cube overflows.
     near = min_nan(max_nan(z, number(z, -20.0)), number(z, 20.0))
     z2 = near * near
-    s = math.sigmoid(slope * near * (1.0 + 0.044715 * z2), BITS)
-    far = s + near * (s * (1.0 - s)) * (slope * (1.0 + 3.0 * 0.044715 * z2))
+    u = slope * near * (1.0 + 0.044715 * z2)
+    far = math.sigmoid(u, BITS) + near * math.sigmoid_slope(u, BITS) * (slope * (1.0 + 3.0 * 0.044715 * z2))
     return gy * math.near_zero(
         far,
         z,
