@@ -27,12 +27,13 @@ _HOME = {
     "set_backend": "dualop.registry",
     "use_backend": "dualop.registry",
 }
-_MODULES = ("autograd", "backends", "check", "errors", "registry", "stages")
+_MODULES = ("autograd", "backends", "check", "emit", "errors", "nn", "registry", "stages")
 
-__all__ = [*_HOME, "errors", "stages"]
+__all__ = [*_HOME, "errors", "nn", "stages"]
 
 if TYPE_CHECKING:
     from dualop import errors as errors
+    from dualop import nn as nn
     from dualop import stages as stages
     from dualop.backends.reference import reference as reference
     from dualop.chains import Chain as Chain

@@ -156,6 +156,39 @@ def check(
 
 
 @app.command()
+def emit(
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="[default: print it]")] = None,
+    backend: Annotated[str, typer.Option(help="cuda or triton.")] = "cuda",
+    chain: Annotated[str, typer.Option(help="What follows the Linear.")] = DEFAULT_CHAIN,
+    model: Annotated[
+        str, typer.Option(help="linear:INxOUT, or input:AxBx... for the chain alone.")
+    ] = "linear:8192x8192",
+    batch: Annotated[int, typer.Option(help="Rows of the Linear's input.")] = 1024,
+    operand: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SHAPE", help="8192, 1x8192 or scalar. [default: (OUT,)]")
+    ] = None,
+    linear: Annotated[str, typer.Option(help="Name of the Linear in the model.")] = "matmul",
+    no_bias: Annotated[bool, typer.Option("--no-bias", help="The Linear has no bias.")] = False,
+) -> None:
+    """Write one self-contained file in KernelBench's form: ModelNew with the chain's kernels, forward and backward.
+
+    Without options: level 2, problem 95.
+    """
+    from dualop.emit import emit as emitted
+    from dualop.emit import parse_operands
+
+    shapes = parse_operands(operand or [])
+    text = emitted(chain, model, backend, batch=batch, bias=not no_bias, linear=linear, shapes=shapes)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text)
+    except OSError as error:
+        raise typer.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from None
+
+
+@app.command()
 def doctor(json_file: Json = None) -> None:
     """Say what this machine has of what dualop needs, which backends run here, and what to install for the others."""
     from dualop import doctor as examination
