@@ -10,14 +10,15 @@ import string
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 import dualop
 from dualop import stages
 from dualop.chains import MAX_OPERANDS, MAX_STAGES
 from dualop.errors import ChainError, DualopError, OperandError
 from dualop.stages import ALIASES, STAGES, Call, call
+
+hypothesis = pytest.importorskip("hypothesis")
+example, given, st = hypothesis.example, hypothesis.given, hypothesis.strategies
 
 DEFAULT = "add | swish | tanh | gelu | hardtanh(-1, 1)"
 # What a text may contain whose chain was accepted: nothing else ever reaches a compiler, not even in a comment.

@@ -8,13 +8,14 @@ from functools import reduce
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dualop.errors import DeviceError, DtypeError, OperandError, ShapeError
 from dualop.launch import Grid, backward_grid, forward_grid, power_of_two
 from dualop.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
+
+hypothesis = pytest.importorskip("hypothesis")
+example, given, settings, st = hypothesis.example, hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
