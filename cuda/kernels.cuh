@@ -38,7 +38,7 @@ template <int vec> struct Tile {
     }
 };
 
-template <class P, int vec> __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments<P::inputs> a) {
+template <class P, int vec> __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const Arguments<P::inputs> a) {
     using R = typename P::R;
     const Tile<vec> tile(a);
     for (index_t step = 0; step < a.steps; step++) {
@@ -63,7 +63,7 @@ template <class P, int vec> __global__ void __launch_bounds__(THREADS) forward_k
     }
 }
 
-template <class P, int vec> __global__ void __launch_bounds__(THREADS) backward_kernel(const Arguments<P::inputs> a) {
+template <class P, int vec> __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments<P::inputs> a) {
     using R = typename P::R;
     const Tile<vec> tile(a);
     typename P::template Gradients<vec> gradients;
