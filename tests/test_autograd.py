@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_layout import given, inputs, settings, st, steps
+from test_layout import example, given, inputs, settings, st, steps
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -497,6 +497,7 @@ def test_fake_tensors(f: Function) -> None:
     assert y.shape == gx.shape == (4, 5) and ga.shape == (5,)
 
 
+PERMUTED = torch.randn(3, 2, 4).permute(2, 0, 1)
 TEXTS = ["tanh", "add(a) | tanh", "add(a) | mul(b) | tanh", "add(a) | mul(b) | maximum(c) | tanh"]
 
 
@@ -504,8 +505,12 @@ TEXTS = ["tanh", "add(a) | tanh", "add(a) | mul(b) | tanh", "add(a) | mul(b) | m
 def test_fake_results_lie_as_real_ones(name: str) -> None:
     """Strides and dtypes of the result and of every gradient: compiled code relies on what the fakes promise."""
 
-    @settings(max_examples=60 if name == "reference" else 25)
-    @given(inputs(st.integers(1, 3)))
+    @settings(max_examples=150 if name == "reference" else 40)
+    @given(inputs(st.integers(2, 3)))
+    @example([PERMUTED, torch.randn(4, 3, 2)])
+    @example([torch.randn(4, 3, 2), PERMUTED, torch.randn(2)])
+    @example([torch.randn(4, 1, 2).expand(4, 3, 2), PERMUTED])
+    @example([PERMUTED[..., :1], torch.randn(4, 3, 2), PERMUTED[:1]])
     def check(drawn: list[Tensor]) -> None:
         text = str(dualop.chain(TEXTS[len(drawn) - 1]))
         forward, backward = torch.ops.dualop.forward.default, torch.ops.dualop.backward.default
