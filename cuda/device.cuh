@@ -27,9 +27,7 @@ DUALOP_FUN double double_of_bits(unsigned long long bits) { return __longlong_as
 // ---- special functions: one instruction each, subnormals taken as and flushed to zero unless said otherwise ---------
 
 DUALOP_FUN float ex2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DUALOP_FUN float lg2_approx(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DUALOP_FUN float rcp_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DUALOP_FUN float rsqrt_approx(float x) { float y; asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 // Relative error up to 2^-11; keeps subnormals.
 DUALOP_FUN float tanh_approx(float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
@@ -144,6 +142,33 @@ template <int bytes> DUALOP_FUN void store_raw(void* to, Bytes<bytes> value) {
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... args) {
     kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
+}
+
+// The same for a kernel that begins with wait_for_kernel_before(): from compute capability 9.0 on it is launched while
+// the one before it on the stream still runs, once all blocks of that one have called let_next_kernel_begin().
+template <class... P, class... A>
+void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... args) {
+    int device = 0, major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = block, config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early, config.numAttrs = major >= 9;
+    cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+}
+
+DUALOP_FUN void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+DUALOP_FUN void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // 0, or the cudaError_t of the calling thread's last failure, which it clears.

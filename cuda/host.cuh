@@ -58,9 +58,7 @@ DUALOP_FUN double double_of_bits(unsigned long long bits) { return bit_copy<doub
 
 DUALOP_FUN float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
 DUALOP_FUN float ex2_approx(float x) { return flush(exp2f(flush(x))); }
-DUALOP_FUN float lg2_approx(float x) { return log2f(flush(x)); }
 DUALOP_FUN float rcp_approx(float x) { return flush(1.0f / flush(x)); }
-DUALOP_FUN float rsqrt_approx(float x) { return static_cast<float>(1.0 / sqrt(static_cast<double>(flush(x)))); }
 DUALOP_FUN float tanh_approx(float x) { return tanhf(x); }
 
 // ---- 16-bit floats: round to nearest even, overflow to infinity, NaN becomes 0x7fff ---------------------------------
@@ -142,6 +140,13 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, void*, A... args) {
     auto thread = [&] { kernel(static_cast<P>(args)...); };
     host::run(grid, block, [](void* it) { (*static_cast<decltype(thread)*>(it))(); }, &thread);
 }
+
+template <class... P, class... A>
+void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... args) {
+    launch(kernel, grid, block, stream, args...);
+}
+DUALOP_FUN void let_next_kernel_begin() {}
+DUALOP_FUN void wait_for_kernel_before() {}
 
 // 0, or 9 after a launch with a grid or block that CUDA would refuse; clears it.
 inline int last_error() {

@@ -1,52 +1,62 @@
-// The three kernels. A program (one block) covers a tile of blockDim.y * UNROLL rows and blockDim.x * vec columns, and
-// makes `steps` such tiles, one below the other or, where a gradient is summed along rows, one beside the other.
+// The three kernels. A program (one block) covers a tile of blockDim.y * rows rows and blockDim.x * vec columns, and
+// makes `steps` such tiles, further down or, where a gradient is summed along rows, further to the right.
 #pragma once
 #include "view.cuh"
 
 namespace dualop {
 
 template <int inputs> struct Arguments {
-    index_t rows, cols, total;  // total: elements; less than rows * cols where the last row is short
-    index_t col_programs, steps, row_step, col_step;
+    word cols, total;  // total: elements; less than rows * cols where the last row is short
+    word steps, row_step, col_step;
     void* y;
     const void* gy;
     View in[inputs];
 };
 
-// What is compiled: a chain, the result's type and the inputs' types and kinds, x first.
-template <class Stages_, class Y_, class... Inputs> struct Problem {
-    using Stages = Stages_;
-    using Y = Y_;
-    static constexpr int inputs = sizeof...(Inputs), bits = significant_bits<Y>;
-    // A bfloat16 gradient takes float16's functions, which share their parts with their derivatives.
-    static constexpr int gradient_bits = bits < 11 ? 11 : bits;
-    static constexpr int wide = 16 / static_cast<int>(sizeof(Y));
-    using R = real<bits>;
-    template <int vec> using Fragments = dualop::Fragments<vec, R, Inputs...>;
-    template <int vec> using Gradients = dualop::Gradients<vec, R, Inputs...>;
+// The rows that a thread works on at once, and how many blocks of THREADS have to fit into a multiprocessor's registers.
+template <int rows_, int blocks_> struct Cut {
+    static constexpr int rows = rows_, blocks = blocks_;
 };
 
-// The first row and column of a program, and its numbers among the rows' and the columns' programs.
-template <int vec> struct Tile {
-    index_t row_program, col_program, row, column;
-    template <int n> DUALOP_FUN explicit Tile(const Arguments<n>& a) {
-        const unsigned programs = static_cast<unsigned>(a.col_programs);
-        row_program = blockIdx.x / programs;
-        col_program = blockIdx.x % programs;
-        row = row_program * (a.row_step ? a.row_step * a.steps : static_cast<index_t>(blockDim.y) * UNROLL);
-        column = col_program * (a.col_step ? a.col_step * a.steps : static_cast<index_t>(blockDim.x) * vec);
+// What is compiled: a chain, how the two kernels are cut, the result's type and the inputs' types and kinds, x first.
+template <class Stages_, class Forward_, class Backward_, class Y_, class... Inputs> struct Problem {
+    using Stages = Stages_;
+    using Forward = Forward_;
+    using Backward = Backward_;
+    using Y = Y_;
+    static constexpr int inputs = sizeof...(Inputs), bits = significant_bits<Y>;
+    static constexpr int gradient_bits = bits < 11 ? 11 : bits;  // float16's functions share parts with their derivatives
+    static constexpr int wide = 16 / static_cast<int>(sizeof(Y));
+    using R = real<bits>;
+    template <int vec, class Cut> using Fragments = dualop::Fragments<vec, Cut::rows, R, Inputs...>;
+    template <int vec, class Cut> using Gradients = dualop::Gradients<vec, Cut::rows, R, Inputs...>;
+};
+
+// The tiles of a program.
+template <int inputs, int vec, int rows> struct Walk {
+    index_t row, column, row_step, col_step, cols, total;
+    DUALOP_FUN explicit Walk(const Arguments<inputs>& a)
+        : row(row_program() * static_cast<index_t>(blockDim.y * rows)),
+          column(col_program() * static_cast<index_t>(blockDim.x * vec)),
+          row_step(static_cast<index_t>(a.row_step)), col_step(static_cast<index_t>(a.col_step)),
+          cols(static_cast<index_t>(a.cols)), total(static_cast<index_t>(a.total)) {}
+    DUALOP_FUN Place<vec, rows> tile(index_t step) const {
+        return Place<vec, rows>(row + step * row_step, column + step * col_step, cols, total);
     }
 };
 
-template <class P, int vec> __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const Arguments<P::inputs> a) {
+template <class P, int vec>
+__global__ void __launch_bounds__(THREADS, P::Forward::blocks) forward_kernel(const Arguments<P::inputs> a) {
     using R = typename P::R;
-    const Tile<vec> tile(a);
-    for (index_t step = 0; step < a.steps; step++) {
-        const Place<vec> at(tile.row + step * a.row_step, tile.column + step * a.col_step, a.cols, a.total);
-        typename P::template Fragments<vec> in;
-        in.load(a.in, at);
+    constexpr int rows = P::Forward::rows;
+    const Walk<P::inputs, vec, rows> walk(a);
+    typename P::template Fragments<vec, typename P::Forward> in;
+    for (index_t step = 0; step < static_cast<index_t>(a.steps); step++) {
+        const Place<vec, rows> at = walk.tile(step);
+        in.load(a.in, at, step == 0 || walk.col_step != 0);
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
+        for (int u = 0; u < rows; u++) {
+            if (!at.ok[u]) continue;
             R values[P::inputs][vec], y[vec];
             in.values(u, values);
 #pragma unroll
@@ -58,70 +68,80 @@ template <class P, int vec> __global__ void __launch_bounds__(THREADS, 1) forwar
             }
             Pack<typename P::Y, vec> pack;
             pack.pack(y);
-            pack.store(static_cast<typename P::Y*>(a.y) + at.row[u] * a.cols + at.column, at.valid[u]);
+            pack.store(static_cast<typename P::Y*>(a.y) + (at.row[u] * walk.cols + at.column));
         }
     }
 }
 
-template <class P, int vec> __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments<P::inputs> a) {
+template <class P, int vec>
+__global__ void __launch_bounds__(THREADS, P::Backward::blocks) backward_kernel(const Arguments<P::inputs> a) {
     using R = typename P::R;
-    const Tile<vec> tile(a);
-    typename P::template Gradients<vec> gradients;
-    for (index_t step = 0; step < a.steps; step++) {
-        const Place<vec> at(tile.row + step * a.row_step, tile.column + step * a.col_step, a.cols, a.total);
-        typename P::template Fragments<vec> in;
-        in.load(a.in, at);
-        Pack<typename P::Y, vec> gy[UNROLL];
+    constexpr int rows = P::Backward::rows;
+    let_next_kernel_begin();
+    const Walk<P::inputs, vec, rows> walk(a);
+    typename P::template Gradients<vec, typename P::Backward> gradients;
+    typename P::template Fragments<vec, typename P::Backward> in;
+    for (index_t step = 0; step < static_cast<index_t>(a.steps); step++) {
+        const Place<vec, rows> at = walk.tile(step);
+        in.load(a.in, at, step == 0 || walk.col_step != 0);
+        Pack<typename P::Y, vec> gy[rows];
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            gy[u].load(static_cast<const typename P::Y*>(a.gy) + at.row[u] * a.cols + at.column, at.valid[u]);
+        for (int u = 0; u < rows; u++) {
+            gy[u].load(static_cast<const typename P::Y*>(a.gy) + (at.row[u] * walk.cols + at.column), at.ok[u]);
         }
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
+        for (int u = 0; u < rows; u++) {
+            if (!at.ok[u]) continue;
             R values[P::inputs][vec], g[P::inputs][vec], out[vec];
             in.values(u, values);
             gy[u].unpack(out);
 #pragma unroll
             for (int v = 0; v < vec; v++) {
-                R element[P::inputs], gradient[P::inputs] = {};
+                R element[P::inputs];
+                Parts<R> gradient[P::inputs];
 #pragma unroll
                 for (int i = 0; i < P::inputs; i++) element[i] = values[i][v];
-                gradient[0] += P::Stages::template backward<P::gradient_bits>(element[0], out[v], element, gradient);
+                gradient[0].add(P::Stages::template backward<P::gradient_bits>(element[0], out[v], element, gradient));
 #pragma unroll
-                for (int i = 0; i < P::inputs; i++) g[i][v] = gradient[i];
+                for (int i = 0; i < P::inputs; i++) g[i][v] = gradient[i].sum;
             }
-            gradients.add(a.in, at, u, a.cols, g);
+            gradients.add(a.in, at, u, walk.cols, g);
         }
     }
-    const Place<vec> at(tile.row, tile.column, a.cols, a.total);
-    gradients.finish(a.in, at, a.cols, tile.row_program, tile.col_program, a.col_programs);
+    gradients.finish(a.in, walk.tile(0), walk.cols);
 }
 
-constexpr int SUM_X = 32, SUM_Y = 32;
+constexpr int SUM_THREADS = 1024;  // a term or few for each: it is their latency that counts
 
-// sum[k, n] = the partial sums [outer, k, inner, n] over outer and inner, in float64 and in a fixed order.
-template <class R, class T> DUALOP_FUN void sum_partials(const View& view) {
-    __shared__ double buffer[SUM_Y][SUM_X];
-    const index_t outputs = view.kept * view.columns, out = static_cast<index_t>(blockIdx.x) * SUM_X + threadIdx.x;
+// sum[k, n] = the partial sums [outer, k, inner, n] over outer and inner, in float64 and in a fixed order: a thread for
+// each output along x and every blockDim.y-th term along y.
+template <class R, class T, int kind> DUALOP_FUN void sum_partials(const View& view) {
+    __shared__ double buffer[SUM_THREADS];
+    const index_t columns = static_cast<index_t>(view.columns), inner = static_cast<index_t>(view.inner);
+    const index_t kept = static_cast<index_t>(view.kept), outputs = kept * columns;
+    const index_t out = static_cast<index_t>(blockIdx.x * blockDim.x + threadIdx.x);
     const R* partial = static_cast<const R*>(view.gradient);
     double sum = 0;
     if (out < outputs) {
-        const index_t k = out / view.columns, n = out % view.columns;
-        for (index_t term = threadIdx.y; term < view.outer * view.inner; term += SUM_Y) {
-            const index_t o = view.inner == 1 ? term : term / view.inner, i = term - o * view.inner;
-            sum += partial[((o * view.kept + k) * view.inner + i) * view.columns + n];
+        const index_t k = kind == COLUMN ? 0 : out / columns, n = out - k * columns;
+        const index_t terms = static_cast<index_t>(view.outer) * inner, by = static_cast<index_t>(blockDim.y);
+#pragma unroll 8
+        for (index_t term = static_cast<index_t>(threadIdx.y); term < terms; term += by) {
+            const index_t o = kind == COLUMN ? term : term / inner, i = term - o * inner;
+            sum += partial[kind == COLUMN ? term * columns + n : ((o * kept + k) * inner + i) * columns + n];
         }
     }
-    buffer[threadIdx.y][threadIdx.x] = sum;
-    for (int half = SUM_Y / 2; half > 0; half /= 2) {
+    const int me = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x), wide = static_cast<int>(blockDim.x);
+    buffer[me] = sum;
+    for (int half = static_cast<int>(blockDim.y) / 2; half > 0; half /= 2) {
         __syncthreads();
-        if (static_cast<int>(threadIdx.y) < half) buffer[threadIdx.y][threadIdx.x] += buffer[threadIdx.y + half][threadIdx.x];
+        if (static_cast<int>(threadIdx.y) < half) buffer[me] += buffer[me + half * wide];
     }
     if (threadIdx.y == 0 && out < outputs) {
-        const double total[1] = {buffer[0][threadIdx.x]};
+        const double total[1] = {buffer[me]};
         Pack<T, 1> pack;
         pack.pack(total);
-        pack.store(static_cast<T*>(view.sum) + out, 1);
+        pack.store(static_cast<T*>(view.sum) + out);
     }
 }
 
@@ -133,18 +153,28 @@ template <class R, class First, class... Rest> struct Sums<R, First, Rest...> {
     DUALOP_FUN static void run(const View* view, int input) {
         if (input > 0) return Sums<R, Rest...>::run(view + 1, input - 1);
         if constexpr ((First::kind & ~SPLIT) != FULL) {
-            if (view->sum != nullptr) sum_partials<R, typename First::type>(*view);
+            if (view->sum != nullptr) sum_partials<R, typename First::type, First::kind>(*view);
         }
     }
 };
 
 template <class P> struct SumsOf;
-template <class Stages, class Y, class... Inputs> struct SumsOf<Problem<Stages, Y, Inputs...>> {
-    using type = Sums<typename Problem<Stages, Y, Inputs...>::R, Inputs...>;
+template <class Stages, class F, class B, class Y, class... Inputs> struct SumsOf<Problem<Stages, F, B, Y, Inputs...>> {
+    using type = Sums<typename Problem<Stages, F, B, Y, Inputs...>::R, Inputs...>;
 };
 
-template <class P> __global__ void __launch_bounds__(SUM_X * SUM_Y) sum_kernel(const Arguments<P::inputs> a) {
-    SumsOf<P>::type::run(a.in, blockIdx.y);
+template <class P> __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const Arguments<P::inputs> a) {
+    wait_for_kernel_before();
+    SumsOf<P>::type::run(a.in, static_cast<int>(blockIdx.y));
+}
+
+// Launches it for up to `outputs` outputs an input: as many threads side by side as there are, at most a warp.
+template <class P> int sum(word outputs, void* stream, const Arguments<P::inputs>& arguments) {
+    unsigned x = 1;
+    while (x < 32 && x < outputs) x *= 2;
+    const dim3 grid(static_cast<unsigned>((outputs + x - 1) / x), P::inputs);
+    launch_early(sum_kernel<P>, grid, dim3(x, SUM_THREADS / x), stream, arguments);
+    return last_error();
 }
 
 }  // namespace dualop

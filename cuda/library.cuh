@@ -5,13 +5,15 @@
 namespace dualop {
 
 template <class P> struct Launch {
-    index_t vector;  // 1: 16-byte accesses, which need aligned rows; 0: an element at a time
-    index_t blocks, block_x, block_y;
+    word vector;  // 1: 16-byte accesses, which need aligned rows; 0: an element at a time
+    word grid_x, grid_y, grid_z, block_x, block_y;
     void* stream;
     Arguments<P::inputs> arguments;
 
     dim3 block() const { return dim3(static_cast<unsigned>(block_x), static_cast<unsigned>(block_y)); }
-    dim3 grid() const { return dim3(static_cast<unsigned>(blocks)); }
+    dim3 grid() const {
+        return dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), static_cast<unsigned>(grid_z));
+    }
 
     int forward() const {
         if (vector) launch(forward_kernel<P, P::wide>, grid(), block(), stream, arguments);
@@ -23,14 +25,12 @@ template <class P> struct Launch {
         if (vector) launch(backward_kernel<P, P::wide>, grid(), block(), stream, arguments);
         else launch(backward_kernel<P, 1>, grid(), block(), stream, arguments);
         if (int error = last_error()) return error;
-        index_t sums = 0;
+        word outputs = 0;
         for (const View& view : arguments.in) {
-            const index_t needed = view.sum ? (view.kept * view.columns + SUM_X - 1) / SUM_X : 0;
-            sums = needed > sums ? needed : sums;
+            const word needed = view.sum ? view.kept * view.columns : 0;
+            outputs = needed > outputs ? needed : outputs;
         }
-        if (sums == 0) return 0;
-        launch(sum_kernel<P>, dim3(static_cast<unsigned>(sums), P::inputs), dim3(SUM_X, SUM_Y), stream, arguments);
-        return last_error();
+        return outputs ? sum<P>(outputs, stream, arguments) : 0;
     }
 };
 

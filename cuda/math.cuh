@@ -1,9 +1,9 @@
 // The functions that stages are made of, each as accurate as a result of `bits` significant bits needs it.
 // triton_kernels/math.py has the same functions in the same order.
 //
-// 16-bit results (bits <= 11) use the GPU's approximate instructions: ex2, lg2 and rcp are good to about 2^-22, and
-// tanh.approx to 2^-11, so that one serves bfloat16 only. Where a formula would cancel near zero, a short series takes
-// over. float32 and float64 results use CUDA's own functions (1 to 4 ulp).
+// 16-bit results (bits <= 11) use the GPU's approximate instructions: ex2 and rcp are good to about 2^-22, and
+// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 starts from the same instructions and corrects what they and the roundings
+// leave over; float64 uses CUDA's own functions.
 #pragma once
 #include "types.cuh"
 
@@ -38,62 +38,114 @@ template <int bits, class T> DUALOP_FUN T expm1(T z) {
     }
 }
 
-// log(1 + z) for z >= 0
+// log(1 + z) for 0 <= z <= 1, by minimax polynomials.
 template <int bits, class T> DUALOP_FUN T log1p(T z) {
     if constexpr (bits == 53) return ::log1p(z);
-    else if constexpr (!lean<bits>) return ::log1pf(z);
-    else return z < 0.01f ? z - 0.5f * z * z : lg2_approx(1.0f + z) * ln_2<T>;
+    else if constexpr (lean<bits>)
+        return z * (0.999998748f + z * (-0.499869645f + z * (0.331094474f + z * (-0.235038549f + z * (0.149223775f
+            + z * (-0.0664017126f + z * 0.0141409943f))))));
+    else {
+        const float p = -0.15305604f + z * (0.106036745f + z * (-0.0569597147f + z * (0.0198515505f + z * -0.00324404356f)));
+        const float q = -0.499999017f + z * (0.333299637f + z * (-0.249541342f + z * (0.196759433f + z * p)));
+        return ::fmaf(z * z, q, z);
+    }
+}
+
+// exp(-n a) for a >= 0. In float32 2^p with p = -n a log2(e) rounded, times exp of what the rounding left: 1 + d. Beyond
+// n a = 88 the result is 0, and at infinity d would be infinity - infinity.
+template <int bits, int n = 1, class T> DUALOP_FUN T exp_neg(T a) {
+    if constexpr (bits == 53) return ::exp(T(-n) * a);
+    else if constexpr (lean<bits>) return ex2_approx(a * (-n * log2_e<T>));
+    else {
+        const float c = min_nan(a, 89.0f / n), p = c * (-n * log2_e<T>), e = ex2_approx(p);
+        const float d = ::fmaf(p, 1.90465421e-9f, ::fmaf(p, -ln_2<T>, -n * c));  // ln 2 in two parts
+        return ::fmaf(e, d, e);
+    }
+}
+
+// n / (1 + e) for 0 <= e <= 1. In float32 with a Newton step on e itself, since 1 + e has lost its last bits.
+template <int bits, int n = 1, class T> DUALOP_FUN T rcp_1p(T e) {
+    if constexpr (bits != 24) return rcp<bits>(n == 1 ? T(1) + e : T(1.0 / n) + T(1.0 / n) * e);
+    else {
+        const float r = rcp_approx(1.0f + e);
+        return n * ::fmaf(r, ::fmaf(-r, e, 1.0f - r), r);
+    }
 }
 
 // With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e), and their product is the derivative.
 // Nothing cancels and nothing overflows.
 template <int bits, class T> DUALOP_FUN T sigmoid(T z) {
-    const T e = exp<bits>(-::fabs(z)), r = rcp<bits>(T(1) + e);
+    const T e = exp_neg<bits>(::fabs(z)), r = rcp_1p<bits>(e);
     return z < T(0) ? e * r : r;
 }
+// Where its derivative is not wanted too, there is a shorter way for 16-bit results.
+template <int bits, class T> DUALOP_FUN T sigmoid_alone(T z) {
+    if constexpr (lean<bits>) return rcp_approx(1.0f + ex2_approx(z * -log2_e<T>));
+    else return sigmoid<bits>(z);
+}
 template <int bits, class T> DUALOP_FUN T sigmoid_slope(T z) {
-    const T e = exp<bits>(-::fabs(z)), r = rcp<bits>(T(1) + e);
+    const T e = exp_neg<bits>(::fabs(z)), r = rcp_1p<bits>(e);
     return e * r * r;
 }
 
-// The factor T of tanh(z) = z + z^3 T, a minimax polynomial for |z| < 0.3 (16-bit results) or 0.55 (float32).
-template <int bits> constexpr float tanh_series_end = lean<bits> ? 0.3f : 0.55f;
-template <int bits> DUALOP_FUN float tanh_series(float z) {
-    const float u = z * z;
-    if constexpr (lean<bits>) return -0.333281547f + u * 0.128647104f;
-    else return -0.333333313f + u * (0.133331209f + u * (-0.0539106987f + u * (0.0213160906f + u * -0.00662128581f)));
+// The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2: for |z| < 0.55, and for |z| < 1.2.
+DUALOP_FUN float tanh_series(float u) {
+    return 0.333333313f + u * (-0.133331209f + u * (0.0539106987f + u * (-0.0213160906f + u * 0.00662128581f)));
+}
+template <int bits> DUALOP_FUN float tanhshrink_series(float u) {
+    if constexpr (lean<bits>)
+        return 0.333331853f + u * (-0.133259162f + u * (0.0533416271f + u * (-0.0198468771f + u * (0.0056736893f
+            + u * -0.000836071617f))));
+    else
+        return 0.333333343f + u * (-0.133333087f + u * (0.0539635606f + u * (-0.0218348168f + u * (0.00873210374f
+            + u * (-0.00330401724f + u * (0.00106209004f + u * (-0.000240167908f + u * 2.68460608e-05f)))))));
+}
+
+// tanh(|z|) = 1 - 2 e / (1 + e) with e = exp(-2 |z|): good to 2^-23 of 1, so of no use for small z where that matters.
+template <int bits, class T> DUALOP_FUN T tanh_far(T z) {
+    const T e = exp_neg<bits, 2>(::fabs(z));
+    return ::copysign(T(1) - e * rcp_1p<bits, 2>(e), z);
 }
 
 template <int bits, class T> DUALOP_FUN T tanh(T z) {
     if constexpr (bits == 53) return ::tanh(z);
-    else if constexpr (bits == 8) return tanh_approx(z);
-    else {
-        // (1 - e) / (1 + e) with e = exp(-2 |z|), which has no accuracy left near 0.
-        const float e = exp<bits>(-2.0f * ::fabsf(z)), far = 1.0f - 2.0f * e * rcp<bits>(1.0f + e);
-        return ::fabsf(z) < tanh_series_end<bits> ? z + z * z * z * tanh_series<bits>(z) : ::copysignf(far, z);
+    else if constexpr (lean<bits>) {
+        // A minimax quotient, off by at most 1.3e-6 of the result; from 4.7 on tanh rounds to 1.
+        const float c = min_nan(max_nan(z, -4.7f), 4.7f), u = c * c;
+        const float p = 0.999998715f + u * (0.117111504f + u * 0.00167329065f);
+        return c * p * rcp_approx(1.0f + u * (0.45043405f + u * (0.0184998655f + u * 6.70261213e-05f)));
+    } else {
+        const float u = z * z, near = ::fmaf(z * u, -tanh_series(u), z), far = tanh_far<bits>(z);
+        return ::fabsf(z) < 0.55f ? near : far;
     }
 }
 
-// 1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not.
+// 1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not. That has more
+// roundings, so float32 takes the former as long as it is the better one.
 template <int bits, class T> DUALOP_FUN T sech2(T z) {
-    const T e = exp<bits>(T(-2) * ::fabs(z)), r = rcp<bits>(T(1) + e);
-    return T(4) * e * r * r;
+    const T e = exp_neg<bits, 2>(::fabs(z)), r = rcp_1p<bits, 2>(e), far = (e * r) * r;
+    if constexpr (bits != 24) return far;
+    else {
+        const float t = 1.0f - e * r, near = ::fmaf(-t, t, 1.0f);
+        return t < 0.5f ? near : far;
+    }
 }
 
-// A derivative that has a zero at hi + lo, where its formula `far` cancels: within 0.25 of it, t P(t) with a minimax P.
+// A derivative that has a zero at hi + lo, where its formula `far` cancels: within 0.5 of it, t P(t) with a minimax P.
 // float32 only: 16-bit results do not show it, float64 has no such polynomial.
 template <int bits, class T>
-DUALOP_FUN T near_zero(T far, T z, float hi, float lo, float c0, float c1, float c2, float c3, float c4, float c5) {
+DUALOP_FUN T near_zero(T far, T z, float hi, float lo, float c0, float c1, float c2, float c3, float c4, float c5,
+                        float c6, float c7) {
     if constexpr (bits != 24) return far;
     else {
         const float t = (z - hi) - lo;
-        const float near = t * (c0 + t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * c5)))));
-        return ::fabsf(t) < 0.25f ? near : far;
+        const float near = t * (c0 + t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * (c5 + t * (c6 + t * c7)))))));
+        return ::fabsf(t) < 0.5f ? near : far;
     }
 }
 
 // The density of the normal distribution.
-template <int bits, class T> DUALOP_FUN T normpdf(T z) { return inverse_sqrt_2pi<T> * exp<bits>(T(-0.5) * z * z); }
+template <int bits, class T> DUALOP_FUN T normpdf(T z) { return inverse_sqrt_2pi<T> * exp_neg<bits>(T(0.5) * z * z); }
 
 // The distribution function of the normal distribution, (1 + erf(z / sqrt(2))) / 2. The lean form is Abramowitz and
 // Stegun's 7.1.26 for erfc(|z| / sqrt(2)), off by at most 1.5e-7.
@@ -103,21 +155,12 @@ template <int bits, class T> DUALOP_FUN T normcdf(T z) {
     else {
         const float t = rcp<bits>(1.0f + 0.3275911f * sqrt_half<T> * ::fabsf(z));
         const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-        const float tail = 0.5f * p * exp<bits>(-0.5f * z * z);
+        const float tail = 0.5f * p * exp_neg<bits>(0.5f * z * z);
         return z < 0.0f ? tail : 1.0f - tail;
     }
 }
 
-// The same two for |z| <= 1, by minimax polynomials in z^2: no exponential, no branch. float64 has no need of them.
-template <int bits, class T> DUALOP_FUN T normpdf_unit(T z) {
-    const T u = z * z;
-    if constexpr (bits == 53) return normpdf<bits>(z);
-    else if constexpr (lean<bits>)
-        return 0.398942113f + u * (-0.199463084f + u * (0.0498020686f + u * (-0.00812228862f + u * 0.000812059792f)));
-    else
-        return 0.398942292f + u * (-0.199471131f + u * (0.0498676896f + u * (-0.00831072591f + u * (0.00103725446f
-            + u * (-0.000101399994f + u * 6.75949696e-06f)))));
-}
+// Phi for |z| <= 1, by a minimax polynomial: no exponential, no branch. float64 has no need of it.
 template <int bits, class T> DUALOP_FUN T normcdf_unit(T z) {
     const T u = z * z;
     if constexpr (bits == 53) return normcdf<bits>(z);
@@ -128,10 +171,26 @@ template <int bits, class T> DUALOP_FUN T normcdf_unit(T z) {
             + u * (0.000113512659f + u * -7.66467929e-06f)))));
 }
 
-// gelu's derivative, given Phi and the density.
-template <int bits, class T> DUALOP_FUN T gelu_slope(T z, T cdf, T pdf) {
-    return near_zero<bits>(cdf + z * pdf, z, -0.751791537f, 1.21144499e-08f, 0.431494027f, 0.388284743f,
-                           -0.018209355f, -0.113988124f, -0.0143532213f, 0.0190178882f);
+// gelu's derivative, Phi(z) + z Phi'(z).
+template <int bits, class T> DUALOP_FUN T gelu_slope(T z) {
+    return near_zero<bits>(normcdf<bits>(z) + z * normpdf<bits>(z), z, -0.751791537f, 1.21144499e-08f, 0.431493998f,
+                           0.388284802f, -0.0182022788f, -0.114001982f, -0.0147178257f, 0.0193631444f, 0.00418536039f,
+                           -0.00204687216f);
+}
+
+// The same for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor.
+template <int bits, class T> DUALOP_FUN T gelu_slope_unit(T z) {
+    if constexpr (bits == 53) return gelu_slope<bits>(z);
+    else if constexpr (lean<bits>) {
+        const float u = z * z;
+        const float p = -0.265952706f + u * (0.0597694553f + u * (-0.00929194223f + u * 0.000906444388f));
+        return 0.5f + z * (0.797884405f + u * p);
+    } else {
+        const float p = 0.00667734817f + z * (-0.00886739511f + z * (-0.000823385722f + z * (0.00106718601f
+            + z * (8.22413931e-05f + z * (-8.44386304e-05f + z * -6.25826169e-06f)))));
+        const float q = 0.17665346f + z * (-0.234976366f + z * (-0.0412148908f + z * (0.0548188388f + z * p)));
+        return ((z + 0.751791537f) - 1.21144499e-08f) * (0.665077984f + z * q);
+    }
 }
 
 }  // namespace dualop::math

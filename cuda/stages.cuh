@@ -1,5 +1,6 @@
 // Every stage: forward(z) -> y and backward(z, gy) -> gz; an operand stage has forward(z, b) and
-// backward(z, b, gy, gb) -> gz, which also sets gb. triton_kernels/stages.py has the same names in the same order with
+// backward(z, b, gy, gb) -> gz, which also sets gb. Where the value on the way in a backward can be had cheaper than by
+// forward, or out of what the derivative needs anyhow, inner(z) gives it. triton_kernels/stages.py has the same names in the same order with
 // the same formulas; dualop/stages.py says what they mean in torch. `bits` is how accurate a result has to be.
 //
 // Gradients at kinks are torch's. Masked gradients are selected, not multiplied by 0, so that an infinite gy stays out.
@@ -170,7 +171,8 @@ template <number_bits alpha> struct celu {
 };
 
 struct sigmoid {
-    template <int bits, class T> DUALOP_FUN static T forward(T z) { return math::sigmoid<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T forward(T z) { return math::sigmoid_alone<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T inner(T z) { return math::sigmoid<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         return gy * math::sigmoid_slope<bits>(z);
     }
@@ -178,35 +180,57 @@ struct sigmoid {
 
 // y' = s + z s'
 struct silu {
-    template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::sigmoid<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::sigmoid_alone<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        const T far = math::sigmoid<bits>(z) + z * math::sigmoid_slope<bits>(z);
-        return gy * math::near_zero<bits>(far, z, -1.27846456f, 1.29792825e-08f, 0.217811719f, 0.14664878f,
-                                          0.0188730732f, -0.0152222039f, -0.00653208932f, 0.000132912726f);
+        if constexpr (math::lean<bits>) {
+            const T s = math::sigmoid_alone<bits>(z);
+            return gy * (s + (z * s) * (T(1) - s));
+        } else {
+            const T far = math::sigmoid<bits>(z) + z * math::sigmoid_slope<bits>(z);
+            return gy * math::near_zero<bits>(far, z, -1.27846456f, 1.29792825e-08f,
+                                              0.217811704f, 0.146648794f, 0.018874649f, -0.0152227692f, -0.00660330243f,
+                                              0.000128885949f, 0.000777613663f, 0.00017120078f);
+        }
     }
 };
 
 struct tanh {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return math::tanh<bits>(z); }
+    // A 16-bit gradient does not show its error, which is 2^-23 of 1.
+    template <int bits, class T> DUALOP_FUN static T inner(T z) {
+        if constexpr (math::lean<bits>) return math::tanh_far<bits>(z);
+        else return math::tanh<bits>(z);
+    }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy * math::sech2<bits>(z); }
 };
 
-// z - tanh(z), by the series of tanh where that cancels. float64 cancels, as torch does.
+// tanh where nothing behind it can enlarge its error; chosen by dualop/ranges.py.
+struct tanh_approx : tanh {
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        if constexpr (bits == 8) return dualop::tanh_approx(z);
+        else return tanh::forward<bits>(z);
+    }
+    template <int bits, class T> DUALOP_FUN static T inner(T z) { return math::tanh_far<bits>(z); }
+};
+
+// z - tanh(z), by a polynomial where that cancels. float64 cancels, as torch does.
 struct tanhshrink {
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
-        const T far = z - math::tanh<bits>(z);
-        if constexpr (bits == 53) return far;
-        else return ::fabsf(z) < math::tanh_series_end<bits> ? -(z * z * z) * math::tanh_series<bits>(z) : far;
+        if constexpr (bits == 53) return z - math::tanh<bits>(z);
+        else {
+            const float u = z * z, near = (z * u) * math::tanhshrink_series<bits>(u), far = z - math::tanh_far<bits>(z);
+            return ::fabsf(z) < 1.2f ? near : far;
+        }
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        const T t = math::tanh<bits>(z);
+        const T t = tanh::inner<bits>(z);
         return gy * (t * t);
     }
 };
 
 template <number_bits beta, number_bits threshold> struct softplus {
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
-        const T s = z * value<T>(beta), e = math::exp<bits>(-::fabs(s));
+        const T s = z * value<T>(beta), e = math::exp_neg<bits>(::fabs(s));
         const T y = ((s > T(0) ? s : T(0)) + math::log1p<bits>(e)) * T(1 / value<double>(beta));
         return s > value<T>(threshold) ? z : y;
     }
@@ -218,7 +242,7 @@ template <number_bits beta, number_bits threshold> struct softplus {
 
 struct logsigmoid {
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
-        return min_nan(z, T(0)) - math::log1p<bits>(math::exp<bits>(-::fabs(z)));
+        return min_nan(z, T(0)) - math::log1p<bits>(math::exp_neg<bits>(::fabs(z)));
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy * math::sigmoid<bits>(-z); }
 };
@@ -232,8 +256,9 @@ struct mish {
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         const T near = min_nan(z, T(20)), e = math::exp<bits>(near), n = e * (e + T(2)), r = math::rcp<bits>(n + T(2));
         const T far = n * r + near * (T(4) * e * (T(1) + e) * (r * r));
-        return gy * math::near_zero<bits>(far, z, -1.19243121f, -3.04393755e-09f, 0.266947925f, 0.204731271f,
-                                          0.0419053696f, -0.0202743057f, -0.0157170296f, -0.00326411217f);
+        return gy * math::near_zero<bits>(far, z, -1.19243121f, -3.04393755e-09f, 0.266947895f, 0.204731315f,
+                                          0.0419086553f, -0.0202734955f, -0.0158384703f, -0.00334493374f,
+                                          0.0012084319f, 0.000938698009f);
     }
 };
 
@@ -249,7 +274,7 @@ struct softsign {
 struct gelu {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::normcdf<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        return gy * math::gelu_slope<bits>(z, math::normcdf<bits>(z), math::normpdf<bits>(z));
+        return gy * math::gelu_slope<bits>(z);
     }
 };
 
@@ -257,7 +282,7 @@ struct gelu {
 struct gelu_unit {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::normcdf_unit<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        return gy * math::gelu_slope<bits>(z, math::normcdf_unit<bits>(z), math::normpdf_unit<bits>(z));
+        return gy * math::gelu_slope_unit<bits>(z);
     }
 };
 
@@ -265,7 +290,7 @@ struct gelu_unit {
 struct gelu_tanh {
     static constexpr double slope = 1.5957691216057308, cubic = 0.044715;  // slope: 2 sqrt(2 / pi)
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
-        return z * math::sigmoid<bits>(T(slope) * z * (T(1) + T(cubic) * z * z));
+        return z * math::sigmoid_alone<bits>(T(slope) * z * (T(1) + T(cubic) * z * z));
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         // The second term has long vanished at |z| = 20, before its cube overflows.
@@ -273,8 +298,9 @@ struct gelu_tanh {
         const T u = T(slope) * near * (T(1) + T(cubic) * z2);
         const T far = math::sigmoid<bits>(u)
             + near * math::sigmoid_slope<bits>(u) * (T(slope) * (T(1) + T(3 * cubic) * z2));
-        return gy * math::near_zero<bits>(far, z, -0.752461433f, 1.13396279e-08f, 0.430400133f, 0.387518167f,
-                                          -0.015794063f, -0.113922022f, -0.0161348451f, 0.0192367211f);
+        return gy * math::near_zero<bits>(far, z, -0.752461433f, 1.13396279e-08f, 0.430400103f, 0.387518227f,
+                                          -0.0157860555f, -0.113936543f, -0.0165531046f, 0.0196070392f,
+                                          0.00482330984f, -0.00216889614f);
     }
 };
 

@@ -36,48 +36,18 @@ DUALOP_FUN unsigned short pack_one(float x, float16) { return to_f16(x); }
 template <class T, int n> struct Pack {
     static constexpr int bytes = n * static_cast<int>(sizeof(T)), chunk = bytes < 16 ? bytes : 16;
     static constexpr int per_chunk = chunk / static_cast<int>(sizeof(T));
-    using Wide = typename Select<sizeof(T) == 8, double, float>::type;
     Bytes<chunk> part[bytes / chunk];
 
-    // Elements from `valid` on are neither read nor written: they are zero after a load.
-    DUALOP_FUN void load(const T* from, int valid) {
-        if (valid >= n) {
+    // Leaves it as it was where `ok` is false.
+    DUALOP_FUN void load(const T* from, bool ok) {
+        if (!ok) return;
 #pragma unroll
-            for (int i = 0; i < bytes / chunk; i++) part[i] = load_raw<chunk>(from + i * per_chunk);
-            return;
-        }
-        Wide all[n] = {};
-        pack(all);
-        if constexpr (n > 1) {
-#pragma unroll
-            for (int i = 0; i < n; i++) {
-                if (i >= valid) continue;
-                Pack<T, 1> one;
-                one.part[0] = load_raw<sizeof(T)>(from + i);
-                Wide got[1];
-                one.unpack(got);
-                all[i] = got[0];
-            }
-            pack(all);
-        }
+        for (int i = 0; i < bytes / chunk; i++) part[i] = load_raw<chunk>(from + i * per_chunk);
     }
 
-    DUALOP_FUN void store(T* to, int valid) const {
-        if (valid >= n) {
+    DUALOP_FUN void store(T* to) const {
 #pragma unroll
-            for (int i = 0; i < bytes / chunk; i++) store_raw<chunk>(to + i * per_chunk, part[i]);
-        } else if constexpr (n > 1) {
-            Wide all[n];
-            unpack(all);
-#pragma unroll
-            for (int i = 0; i < n; i++) {
-                if (i >= valid) continue;
-                Wide element[1] = {all[i]};
-                Pack<T, 1> one;
-                one.pack(element);
-                store_raw<sizeof(T)>(to + i, one.part[0]);
-            }
-        }
+        for (int i = 0; i < bytes / chunk; i++) store_raw<chunk>(to + i * per_chunk, part[i]);
     }
 
     template <class R> DUALOP_FUN void unpack(R (&out)[n]) const {

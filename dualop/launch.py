@@ -11,11 +11,36 @@ from dualop.layout import COLUMN, FULL, ROW, Layout
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a kernel's work is cut, in either language.
+
+    `threads` of a program lie `across` side by side along the columns, as far as there are columns, the others along
+    the rows; a thread takes `rows` accesses of 16 bytes at once. Registers are held down so that `resident` * 256
+    threads fit into an SM (1: as many as the compiler likes). Where gradients are summed, `least` to `most` programs an
+    SM are launched.
+    """
+
+    rows: int
+    threads: int
+    across: int
+    resident: int
+    least: int = 8
+    most: int = 64
+
+
+TILES = 8  # of a program in backward
+
+
+MOST_PROGRAMS = 65535  # along a grid's second and third axis
+
+
+@dataclass(frozen=True)
 class Grid:
     """`row_programs` x `col_programs` programs, each making `steps` tiles.
 
     A tile has `tile_rows` x `tile_cols` elements. Successive tiles of a program lie `row_step` rows and `col_step`
-    columns apart; one of the two is zero.
+    columns apart, one of which is zero: with the tiles of the other programs in between, so that all programs together
+    move through memory as one. Programs behind the last row have nothing to do.
     """
 
     tile_rows: int
@@ -27,17 +52,10 @@ class Grid:
     col_step: int = 0
 
     @property
-    def program_rows(self) -> int:
-        """Rows that a program covers with all its tiles."""
-        return self.row_step * self.steps or self.tile_rows
-
-    @property
-    def program_cols(self) -> int:
-        return self.col_step * self.steps or self.tile_cols
-
-    @property
-    def programs(self) -> int:
-        return self.row_programs * self.col_programs
+    def axes(self) -> tuple[int, int, int]:
+        """The grid as it is launched: columns, then rows along two axes."""
+        third = ceil_div(self.row_programs, MOST_PROGRAMS)
+        return self.col_programs, self.row_programs // third, third
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -57,21 +75,32 @@ def multiprocessors(device: torch.device) -> int:
 
 def forward_grid(layout: Layout, tile_rows: int, tile_cols: int) -> Grid:
     """One tile a program."""
-    return Grid(tile_rows, tile_cols, ceil_div(layout.rows, tile_rows), ceil_div(layout.cols, tile_cols))
+    return Grid(tile_rows, tile_cols, _launchable(ceil_div(layout.rows, tile_rows)), ceil_div(layout.cols, tile_cols))
 
 
-def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, programs: int) -> Grid:
-    """About `programs` programs where gradients are summed, so that few partial sums are left to add up.
+def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessors: int, cut: Cut) -> Grid:
+    """Few programs where gradients are summed, so that few partial sums are left to add up: each sums TILES tiles.
 
+    Fewer where not enough programs for all multiprocessors would be left, more where there would be too many of them.
     Sums along rows are kept while a program walks along the columns, sums along columns while it walks down the rows;
     where both are wanted it makes a single tile.
     """
     rows, cols = ceil_div(layout.rows, tile_rows), ceil_div(layout.cols, tile_cols)
     kinds = {v.kind & FULL for v in layout.views if v.reduced and (v.kind & FULL) != FULL}
     if not kinds or {ROW, COLUMN} <= kinds:
-        return Grid(tile_rows, tile_cols, rows, cols)
+        return Grid(tile_rows, tile_cols, _launchable(rows), cols)
+    least, most = (n * multiprocessors for n in (cut.least, cut.most))
+    programs = min(max(rows * cols // TILES, least), most)
     if ROW in kinds:
         steps = ceil_div(cols, max(1, min(cols, ceil_div(programs, rows))))
-        return Grid(tile_rows, tile_cols, rows, ceil_div(cols, steps), steps, 0, tile_cols)
-    steps = ceil_div(rows, max(1, min(rows, ceil_div(programs, cols))))
-    return Grid(tile_rows, tile_cols, ceil_div(rows, steps), cols, steps, tile_rows, 0)
+        across = ceil_div(cols, steps)
+        return Grid(tile_rows, tile_cols, _launchable(rows), across, steps, 0, across * tile_cols)
+    steps = ceil_div(rows, max(1, min(rows, programs // cols)))
+    down = _launchable(ceil_div(rows, steps))
+    return Grid(tile_rows, tile_cols, down, cols, steps, down * tile_rows, 0)
+
+
+def _launchable(programs: int) -> int:
+    """So many, or a few more, that they fill two axes of a grid."""
+    third = ceil_div(programs, MOST_PROGRAMS)
+    return ceil_div(programs, third) * third

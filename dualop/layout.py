@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -58,6 +58,11 @@ class View:
         """Whether several elements of the result share an element of this input."""
         return self.kind & ~SPLIT != FULL
 
+    def extent(self, rows: int, cols: int) -> int:
+        """No offset in this input is larger, nor in the rows themselves."""
+        run = self.mod if self.kind & (WRAP | SPLIT) else rows
+        return max(run * self.row_stride + math.ceil(rows / max(self.mod, 1)) * self.outer_stride + cols, rows * cols)
+
     def sum_shape(self, rows: int, cols: int, row_programs: int, col_programs: int) -> tuple[int, int, int, int]:
         """(outer, kept, inner, columns): its partial sums in memory; the gradient sums over outer and inner."""
         if self.kind == 0:
@@ -92,6 +97,11 @@ class Layout:
     def gradient_bits(self) -> int:
         """The same of gradients: bfloat16's take float16's functions, which share parts with their derivatives."""
         return max(self.bits, BITS[torch.float16])
+
+    @cached_property
+    def narrow(self) -> bool:
+        """Whether 32 bits hold every row, column and offset that a kernel meets, also of programs behind the end."""
+        return all(v.extent(self.rows, self.cols) < 2**31 - 2**26 for v in self.views)
 
     @property
     def accumulator(self) -> torch.dtype:

@@ -101,7 +101,7 @@ def compiled(source: ASTSource, architecture: int, options: dict[str, Any]) -> d
         "triton": triton.__version__,
         "kernel": source.fn.fn.__name__,
         "architecture": architecture,
-        "wide_loads": len(re.findall(r"\bld\.global[.\w:]*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "wide_loads": len(re.findall(r"\bld\.global[.\w:]*\.(?:v4\.b32|v2\.b64)|\bcp\.async.*, 0x10", ptx)),
         "wide_stores": len(re.findall(r"\bst\.global[.\w:]*\.(?:v4\.b32|v2\.b64)", ptx)),
         "cubin": len(built.asm["cubin"]),
         **resources(ptx, architecture),
@@ -116,6 +116,8 @@ def main(problems: Path, results: Path) -> None:
     for problem in json.loads(problems.read_text()):
         for kernel, arguments, options in launches(problem):
             for architecture in problem["architectures"]:
+                if "EARLY" in arguments:
+                    arguments = {**arguments, "EARLY": architecture >= 90}
                 source = specialised(kernel, arguments)
                 key = (source.hash(), kernel.cache_key, architecture)
                 if key not in done:

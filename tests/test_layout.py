@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dualop.errors import DeviceError, DtypeError, OperandError, ShapeError
-from dualop.launch import Grid, backward_grid, forward_grid, power_of_two
+from dualop.launch import MOST_PROGRAMS, TILES, Cut, Grid, backward_grid, forward_grid, power_of_two
 from dualop.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -106,8 +106,8 @@ def partial_sums(view: Layout, index: int, grid: Grid, g: Tensor) -> Tensor:
     """What the programs of a backward kernel leave, each summing the tiles that it walks over."""
     v, (row, column) = view.views[index], places(view)
     tile_row, tile_column = row // grid.tile_rows, column // grid.tile_cols
-    row_program = tile_row // grid.steps if grid.row_step else tile_row
-    column_program = tile_column // grid.steps if grid.col_step else tile_column
+    row_program = tile_row % grid.row_programs if grid.row_step else tile_row
+    column_program = tile_column % grid.col_programs if grid.col_step else tile_column
     out = view.partial(index, grid.row_programs, grid.col_programs, torch.device("cpu")).fill_(torch.nan)
     if v.kind & FULL == FULL:
         at = row * view.cols + column
@@ -177,7 +177,7 @@ def check(tensors: Sequence[Tensor], tile_rows: int = 8, tile_cols: int = 16, pr
         assert torch.equal(read(view, i, tensor), expected_values), (view.views[i], tensor.shape, tensor.stride())
         assert is_dense(tensor.shape, view.views[i].gradient_strides)
 
-    grid = backward_grid(view, tile_rows, tile_cols, programs)
+    grid = backward_grid(view, tile_rows, tile_cols, 1, walking(programs))
     g = torch.randint(-3, 4, view.shape).double()
     for i, got in enumerate(gradients(view, tensors, grid, in_memory_order(view, g))):
         assert got.shape == tensors[i].shape and got.dtype == tensors[i].dtype
@@ -317,26 +317,34 @@ def test_more_than_2_to_the_31_elements(tensors: list[Tensor], rows: int, cols: 
         wrapped = row // v.div % v.mod if v.kind & WRAP else row
         last = (wrapped * v.row_stride if v.kind & ROW else 0) + (column if v.kind & COLUMN else 0)
         assert last == t.numel() - 1  # the last element is read for the last element of the result
-    # A tile of the CUDA backend's; all programs lie on one axis of the grid, which ends at 2^31 - 1.
+    # A tile of the CUDA backend's; a grid's first axis ends at 2^31 - 1, the others at 65535.
     width = min(256, power_of_two(-(-view.cols // 8)))
-    for grid in (forward_grid(view, 1024 // width, width * 8), backward_grid(view, 1024 // width, width * 8, 8 * 132)):
-        assert grid.programs < 2**31
+    tile = (1024 // width, width * 8)
+    for grid in (forward_grid(view, *tile), backward_grid(view, *tile, 132, Cut(4, 256, 256, 1))):
+        assert grid.axes[0] < 2**31 and max(grid.axes[1:]) <= MOST_PROGRAMS
+        assert grid.axes[1] * grid.axes[2] == grid.row_programs and grid.axes[0] == grid.col_programs
         covered(view, grid)
+    assert not view.narrow
 
 
 # ---- how it is cut into programs -------------------------------------------------------------------------------------
 
 
+def walking(programs: int) -> Cut:
+    """A cut that allows this number of programs."""
+    return Cut(1, 1, 1, 1, least=programs, most=programs)
+
+
 def covered(view: Layout, grid: Grid) -> None:
-    """The programs' tiles cover every row and every column, and no program starts beyond the end."""
+    """The programs' tiles cover every row and every column, and hardly a program starts beyond the end."""
     assert grid.steps >= 1 and not (grid.row_step and grid.col_step)
     for size, programs, tile, step in (
         (view.rows, grid.row_programs, grid.tile_rows, grid.row_step),
         (view.cols, grid.col_programs, grid.tile_cols, grid.col_step),
     ):
-        assert step in (0, tile)
-        stride = tile * grid.steps if step else tile
-        assert (programs - 1) * stride < size <= programs * stride
+        assert step in (0, tile * programs)
+        beyond = programs // MOST_PROGRAMS + 1  # where the grid's second axis does not suffice
+        assert (programs - beyond) * tile < size <= programs * tile * (grid.steps if step else 1)
 
 
 @given(
@@ -348,7 +356,7 @@ def covered(view: Layout, grid: Grid) -> None:
 def test_grids_cover_everything(shape: tuple[int, ...], kinds: list[str], tile: tuple[int, int], programs: int) -> None:
     of = {"column": shape[-1:], "row": (*shape[:-1], 1), "scalar": (), "full": shape}
     view = layout(torch.empty(shape, device="meta"), [torch.empty(of[k], device="meta") for k in kinds])
-    forward, backward = forward_grid(view, *tile), backward_grid(view, *tile, programs)
+    forward, backward = forward_grid(view, *tile), backward_grid(view, *tile, 1, walking(programs))
     covered(view, forward)
     covered(view, backward)
     assert forward.steps == 1
@@ -362,9 +370,25 @@ def test_grids_cover_everything(shape: tuple[int, ...], kinds: list[str], tile: 
 def test_partial_sums_are_few() -> None:
     """The gradient of a feature vector must not cost memory in proportion to the data."""
     view = layout(meta(16384, 8192), [meta(8192)])
-    grid = backward_grid(view, 4, 2048, 8 * 132)
+    grid = backward_grid(view, 8, 256, 132, Cut(2, 128, 32, 4))
+    assert grid.steps == TILES
     partial = math.prod(view.views[1].sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs))
     assert partial <= view.total // 50
+
+
+@pytest.mark.parametrize(
+    ("tensors", "narrow"),
+    [
+        ([meta(2**17, 2**13)], True),
+        ([meta(2**18, 2**13)], False),
+        ([meta(2**10, 2**10).expand(2**10, 2**10), meta(2**10)], True),
+        ([meta(2**12, 2**20)[:, : 2**10]], False),  # few elements, far apart
+        ([meta(2**11, 1), meta(2**11)], True),
+    ],
+    ids=lambda value: str([tuple(t.shape) for t in value]) if isinstance(value, list) else str(value),
+)
+def test_when_32_bits_hold_all_offsets(tensors: list[Tensor], narrow: bool) -> None:
+    assert layout(tensors[0], tensors[1:]).narrow is narrow
 
 
 # ---- calls that make no sense ----------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 # takes: the number of an input (0 is x), or a float.
 Step = tuple[str, Sequence[float], int | float | None]
 
+# Stages whose value on the way in a backward has a function of its own.
+_INNER = {name: "_inner" for name in ("sigmoid", "tanh", "tanh_approx")}
+
 _HEAD = '''"""{title}: written by dualop, do not edit."""
 
 import triton
@@ -20,8 +23,8 @@ import triton.language as tl
 
 from {package} import stages
 from {package}.math import number
-from {package}.platform import count
-from {package}.tile import inside, place, read, reduced, write, write_partial, zeros
+from {package}.platform import count, let_next_kernel_begin
+from {package}.tile import add, inside, place, programs, read, write, write_partial, zeros
 '''
 
 
@@ -44,16 +47,18 @@ def _taken(operand: int | float, z: str) -> str:
 
 def _chain(steps: Sequence[Step], inputs: int) -> str:
     names = [f"in{i}" for i in range(inputs)]
-    forward, backward = [], []
+    forward, inner, backward = [], [], []
     uses: dict[int, list[str]] = {i: [] for i in range(inputs)}
     for i, (name, numbers, operand) in enumerate(steps):
         more = "".join(f", {_literal(n)}" for n in numbers)
         z = f"z{i}"
         if operand is None:
             forward.append(f"z{i + 1} = stages.{name}({z}{more}, BITS)")
+            inner.append(f"z{i + 1} = stages.{name}{_INNER.get(name, '')}({z}{more}, BITS)")
             backward.append(f"g{i} = stages.{name}_backward({z}, g{i + 1}{more}, BITS)")
         else:
             forward.append(f"z{i + 1} = stages.{name}({z}, {_taken(operand, z)}, BITS)")
+            inner.append(forward[-1])
             taken = f"stages.{name}_backward({z}, {_taken(operand, z)}, g{i + 1}, BITS)"
             backward.append(f"g{i}, d{i} = {taken}")
             if isinstance(operand, int):
@@ -72,7 +77,7 @@ def _chain(steps: Sequence[Step], inputs: int) -> str:
         "@triton.jit",
         f"def chain_backward({', '.join(names)}, gy, BITS: tl.constexpr):",
         "    z0 = in0",
-        *(f"    {line}" for line in forward[:-1]),
+        *(f"    {line}" for line in inner[:-1]),
         f"    g{len(steps)} = gy",
         *(f"    {line}" for line in reversed(backward)),
         f"    return {gradients}",
@@ -89,17 +94,19 @@ def _kernels(kinds: Sequence[int]) -> str:
     ]
     inputs = ", ".join(f"in{i}" for i in count)
     # Plain numbers that Triton sees to be multiples of 16, so that it moves 16 bytes at once.
-    shape = "rows, cols, total, col_programs, program_rows, program_cols, steps, row_step, col_step"
-    options = "FOLDED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BITS: tl.constexpr"
+    shape = "rows, cols, total, steps, row_step, col_step"
+    tile_shape = "BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr"
+    options = f"MASK: tl.constexpr, NARROW: tl.constexpr, {tile_shape}, BITS: tl.constexpr"
     start = [
-        "row_program = (tl.program_id(0) // col_programs).to(tl.int64)",
-        "col_program = (tl.program_id(0) % col_programs).to(tl.int64)",
-        "first_row = row_program * program_rows",
-        "first_column = col_program * program_cols",
+        "row_program, col_program = programs(NARROW)",
+        "first_row = row_program * BLOCK_ROWS",
+        "first_column = col_program * BLOCK_COLS",
     ]
     tile = [
         "row, column = place(first_row + step * row_step, first_column + step * col_step, BLOCK_ROWS, BLOCK_COLS)",
-        "mask = inside(row, column, rows, cols, total, FOLDED)",
+        "mask = None",
+        "if MASK:",
+        "    mask = inside(row, column, rows, cols, total, MASK)",
         *reads,
     ]
     whole = [kind & 3 == 3 for kind in kinds]
@@ -110,8 +117,8 @@ def _kernels(kinds: Sequence[int]) -> str:
         if whole[i]:
             gather += [f"if NEEDS & {1 << i}:", f"    write(g{i}, row * cols + column, d{i}, mask)"]
         else:
-            gather += [f"sum{i} += reduced(d{i}, mask, {kind})"]
-            where = "row, column, rows, cols, row_program, col_program, col_programs"
+            gather += [f"if NEEDS & {1 << i}:", f"    sum{i} = add(sum{i}, d{i}, mask, {kind})"]
+            where = "row, column, rows, cols, row_program, col_program"
             finish += [f"if NEEDS & {1 << i}:", f"    write_partial(g{i}, sum{i}, {where}, {kind})"]
     if finish:
         finish.insert(0, "row, column = place(first_row, first_column, BLOCK_ROWS, BLOCK_COLS)")
@@ -126,9 +133,10 @@ def _kernels(kinds: Sequence[int]) -> str:
         "",
         "",
         "@triton.jit",
-        f"def backward_kernel(gy, {outs}, {views}, {shape}, NEEDS: tl.constexpr, {options}):",
+        f"def backward_kernel(gy, {outs}, {views}, {shape}, NEEDS: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr, {options}):",
+        "    let_next_kernel_begin(EARLY)",
         *(f"    {line}" for line in (*start, *sums)),
-        "    for step in range(count(steps)):",
+        "    for step in tl.range(0, count(steps), num_stages=STAGES):",
         *(f"        {line}" for line in tile),
         "        gradient = read(gy, 1, 1, cols, 0, row, column, rows, cols, mask, 3, BITS)",
         f"        {gradients} = chain_backward({inputs}, gradient, BITS)",

@@ -66,12 +66,44 @@ def expm1(z, BITS: tl.constexpr):
 
 @triton.jit
 def log1p(z, BITS: tl.constexpr):
-    """log(1 + z) for z >= 0"""
-    if BITS <= 11:
-        ln_2: tl.constexpr = 0.6931471805599453
-        return tl.where(z < 0.01, z - 0.5 * z * z, platform.lg2_approx(1.0 + z) * ln_2)
-    else:
+    """log(1 + z) for 0 <= z <= 1, by minimax polynomials"""
+    if BITS == 53:
         return platform.log1p(z)
+    elif BITS <= 11:
+        p = -0.235038549 + z * (0.149223775 + z * (-0.0664017126 + z * 0.0141409943))
+        return z * (0.999998748 + z * (-0.499869645 + z * (0.331094474 + z * p)))
+    else:
+        p = -0.15305604 + z * (0.106036745 + z * (-0.0569597147 + z * (0.0198515505 + z * -0.00324404356)))
+        q = -0.499999017 + z * (0.333299637 + z * (-0.249541342 + z * (0.196759433 + z * p)))
+        return platform.fma(z * z, q, z)
+
+
+@triton.jit
+def exp_neg(a, BITS: tl.constexpr, N: tl.constexpr = 1):
+    """exp(-N a) for a >= 0."""
+    log2_e: tl.constexpr = 1.4426950408889634
+    if BITS == 53:
+        return platform.exp(-N * a)
+    elif BITS <= 11:
+        return platform.ex2_approx(a * (-N * log2_e))
+    else:
+        c = min_nan(a, number(a, 89.0 / N))
+        p = c * (-N * log2_e)
+        e = platform.ex2_approx(p)
+        d = platform.fma(p, number(a, 1.90465421e-9), platform.fma(p, number(a, -0.693147182), -N * c))
+        return platform.fma(e, d, e)
+
+
+@triton.jit
+def rcp_1p(e, BITS: tl.constexpr, N: tl.constexpr = 1):
+    """N / (1 + e) for 0 <= e <= 1"""
+    if BITS == 24:
+        r = platform.rcp_approx(1.0 + e)
+        return N * platform.fma(r, platform.fma(-r, e, 1.0 - r), r)
+    elif N == 1:
+        return rcp(1.0 + e, BITS)
+    else:
+        return rcp(1.0 / N + (1.0 / N) * e, BITS)
 
 
 # With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e), and their product is the derivative.
@@ -80,55 +112,83 @@ def log1p(z, BITS: tl.constexpr):
 
 @triton.jit
 def sigmoid(z, BITS: tl.constexpr):
-    e = exp(-tl.abs(z), BITS)
-    r = rcp(1.0 + e, BITS)
+    e = exp_neg(tl.abs(z), BITS)
+    r = rcp_1p(e, BITS)
     return tl.where(z < 0, e * r, r)
 
 
 @triton.jit
+def sigmoid_alone(z, BITS: tl.constexpr):
+    """Where its derivative is not wanted too, there is a shorter way for 16-bit results."""
+    log2_e: tl.constexpr = 1.4426950408889634
+    if BITS <= 11:
+        return platform.rcp_approx(1.0 + platform.ex2_approx(z * -log2_e))
+    else:
+        return sigmoid(z, BITS)
+
+
+@triton.jit
 def sigmoid_slope(z, BITS: tl.constexpr):
-    e = exp(-tl.abs(z), BITS)
-    r = rcp(1.0 + e, BITS)
+    e = exp_neg(tl.abs(z), BITS)
+    r = rcp_1p(e, BITS)
     return e * r * r
 
 
+# The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2: for |z| < 0.55, and for |z| < 1.2.
+
+
 @triton.jit
-def tanh_series(z, BITS: tl.constexpr):
-    """The factor T of tanh(z) = z + z^3 T, a minimax polynomial for |z| < 0.3 (16-bit results) or 0.55 (float32)."""
-    u = z * z
+def tanh_series(u):
+    p = 0.0539106987 + u * (-0.0213160906 + u * 0.00662128581)
+    return 0.333333313 + u * (-0.133331209 + u * p)
+
+
+@triton.jit
+def tanhshrink_series(u, BITS: tl.constexpr):
     if BITS <= 11:
-        return -0.333281547 + u * 0.128647104
+        p = 0.0533416271 + u * (-0.0198468771 + u * (0.0056736893 + u * -0.000836071617))
+        return 0.333331853 + u * (-0.133259162 + u * p)
     else:
-        p = -0.0539106987 + u * (0.0213160906 + u * -0.00662128581)
-        return -0.333333313 + u * (0.133331209 + u * p)
+        p = -0.00330401724 + u * (0.00106209004 + u * (-0.000240167908 + u * 2.68460608e-05))
+        p = 0.0539635606 + u * (-0.0218348168 + u * (0.00873210374 + u * p))
+        return 0.333333343 + u * (-0.133333087 + u * p)
 
 
 @triton.jit
-def in_tanh_series(z, BITS: tl.constexpr):
-    end: tl.constexpr = 0.3 if BITS <= 11 else 0.55
-    return tl.abs(z) < end
+def tanh_far(z, BITS: tl.constexpr):
+    """1 - 2 e / (1 + e) with e = exp(-2 |z|) and z's sign: good to 2^-23 of 1, of no use for small z."""
+    e = exp_neg(tl.abs(z), BITS, 2)
+    t = 1.0 - e * rcp_1p(e, BITS, 2)
+    return tl.where(z < 0, -t, t)
 
 
 @triton.jit
 def tanh(z, BITS: tl.constexpr):
-    if BITS == 8:
-        return platform.tanh_approx(z)
-    elif BITS == 53:
+    if BITS == 53:
         return platform.tanh(z)
+    elif BITS <= 11:
+        # A minimax quotient, off by at most 1.3e-6 of the result; from 4.7 on tanh rounds to 1.
+        c = min_nan(max_nan(z, number(z, -4.7)), number(z, 4.7))
+        u = c * c
+        p = 0.999998715 + u * (0.117111504 + u * 0.00167329065)
+        return c * p * platform.rcp_approx(1.0 + u * (0.45043405 + u * (0.0184998655 + u * 6.70261213e-05)))
     else:
-        # (1 - e) / (1 + e) with e = exp(-2 |z|), which has no accuracy left near 0.
-        e = exp(-2.0 * tl.abs(z), BITS)
-        far = 1.0 - 2.0 * e * rcp(1.0 + e, BITS)
-        far = tl.where(z < 0, -far, far)
-        return tl.where(in_tanh_series(z, BITS), z + z * z * z * tanh_series(z, BITS), far)
+        u = z * z
+        near = platform.fma(z * u, -tanh_series(u), z)
+        return tl.where(tl.abs(z) < 0.55, near, tanh_far(z, BITS))
 
 
 @triton.jit
 def sech2(z, BITS: tl.constexpr):
     """1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not."""
-    e = exp(-2.0 * tl.abs(z), BITS)
-    r = rcp(1.0 + e, BITS)
-    return 4.0 * e * r * r
+    e = exp_neg(tl.abs(z), BITS, 2)
+    r = rcp_1p(e, BITS, 2)
+    far = (e * r) * r
+    if BITS != 24:
+        return far
+    else:
+        t = 1.0 - e * r
+        return tl.where(t < 0.5, platform.fma(-t, t, number(z, 1.0)), far)
 
 
 @triton.jit
@@ -143,6 +203,8 @@ def near_zero(
     c3: tl.constexpr,
     c4: tl.constexpr,
     c5: tl.constexpr,
+    c6: tl.constexpr,
+    c7: tl.constexpr,
     BITS: tl.constexpr,
 ):
     """A derivative that has a zero at hi + lo, where its formula `far` cancels: close to it a polynomial."""
@@ -150,15 +212,15 @@ def near_zero(
         return far
     else:
         t = (z - hi) - lo
-        near = t * (c0 + t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * c5)))))
-        return tl.where(tl.abs(t) < 0.25, near, far)
+        near = t * (c0 + t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * (c5 + t * (c6 + t * c7)))))))
+        return tl.where(tl.abs(t) < 0.5, near, far)
 
 
 @triton.jit
 def normpdf(z, BITS: tl.constexpr):
     """The density of the normal distribution."""
     inverse_sqrt_2pi: tl.constexpr = 0.3989422804014327
-    return inverse_sqrt_2pi * exp(-0.5 * z * z, BITS)
+    return inverse_sqrt_2pi * exp_neg(0.5 * z * z, BITS)
 
 
 @triton.jit
@@ -168,29 +230,15 @@ def normcdf(z, BITS: tl.constexpr):
     if BITS <= 11:
         t = rcp(1.0 + 0.3275911 * sqrt_half * tl.abs(z), BITS)
         p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-        tail = 0.5 * p * exp(-0.5 * z * z, BITS)
+        tail = 0.5 * p * exp_neg(0.5 * z * z, BITS)
         return tl.where(z < 0, tail, 1.0 - tail)
     else:
         return 0.5 * platform.erfc(-z * sqrt_half)
 
 
-# The same two for |z| <= 1, by minimax polynomials in z^2: no exponential, no branch. float64 has no need of them.
-
-
-@triton.jit
-def normpdf_unit(z, BITS: tl.constexpr):
-    u = z * z
-    if BITS == 53:
-        return normpdf(z, BITS)
-    elif BITS <= 11:
-        return 0.398942113 + u * (-0.199463084 + u * (0.0498020686 + u * (-0.00812228862 + u * 0.000812059792)))
-    else:
-        p = -0.00831072591 + u * (0.00103725446 + u * (-0.000101399994 + u * 6.75949696e-06))
-        return 0.398942292 + u * (-0.199471131 + u * (0.0498676896 + u * p))
-
-
 @triton.jit
 def normcdf_unit(z, BITS: tl.constexpr):
+    """Phi for |z| <= 1, by a minimax polynomial: no exponential, no branch. float64 has no need of it."""
     u = z * z
     if BITS == 53:
         return normcdf(z, BITS)
@@ -202,19 +250,36 @@ def normcdf_unit(z, BITS: tl.constexpr):
 
 
 @triton.jit
-def gelu_slope(z, cdf, pdf, BITS: tl.constexpr):
-    """gelu's derivative, given Phi and the density."""
-    far = cdf + z * pdf
+def gelu_slope(z, BITS: tl.constexpr):
+    """gelu's derivative, Phi(z) + z Phi'(z)."""
     return near_zero(
-        far,
+        normcdf(z, BITS) + z * normpdf(z, BITS),
         z,
         -0.751791537,
         1.21144499e-08,
-        0.431494027,
-        0.388284743,
-        -0.018209355,
-        -0.113988124,
-        -0.0143532213,
-        0.0190178882,
+        0.431493998,
+        0.388284802,
+        -0.0182022788,
+        -0.114001982,
+        -0.0147178257,
+        0.0193631444,
+        0.00418536039,
+        -0.00204687216,
         BITS,
     )
+
+
+@triton.jit
+def gelu_slope_unit(z, BITS: tl.constexpr):
+    """The same for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor."""
+    if BITS == 53:
+        return gelu_slope(z, BITS)
+    elif BITS <= 11:
+        u = z * z
+        p = -0.265952706 + u * (0.0597694553 + u * (-0.00929194223 + u * 0.000906444388))
+        return 0.5 + z * (0.797884405 + u * p)
+    else:
+        p = 0.00106718601 + z * (8.22413931e-05 + z * (-8.44386304e-05 + z * -6.25826169e-06))
+        p = 0.00667734817 + z * (-0.00886739511 + z * (-0.000823385722 + z * p))
+        p = 0.17665346 + z * (-0.234976366 + z * (-0.0412148908 + z * (0.0548188388 + z * p)))
+        return ((z + 0.751791537) - 1.21144499e-08) * (0.665077984 + z * p)

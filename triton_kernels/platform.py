@@ -33,9 +33,19 @@ if INTERPRETED:
     tanh = _on_values(np.tanh)
     erfc = _on_values(np.vectorize(math.erfc, otypes=[np.float64]))
     ex2_approx = _on_values(lambda v: _flush(np.exp2(_flush(v))))
-    lg2_approx = _on_values(lambda v: np.log2(_flush(v)))
     rcp_approx = _on_values(lambda v: _flush(1 / _flush(v)))
     tanh_approx = _on_values(np.tanh)
+
+    def fma(a, b, c):
+        """a * b + c, rounded once: float64 holds the product of two float32."""
+        values = a.handle.data.astype(np.float64) * b.handle.data + c.handle.data
+        return tl.core.tensor(TensorHandle(values.astype(np.float32), tl.float32), (a + b + c).type)
+
+    def let_next_kernel_begin(EARLY):
+        pass
+
+    def wait_for_kernel_before(EARLY):
+        pass
 
     def count(n):
         """A number of iterations: the interpreter of Triton 3.6 cannot make an int of its scalars itself."""
@@ -52,7 +62,7 @@ if INTERPRETED:
         return tl.core.tensor(TensorHandle(bits.view(np.float32), tl.float32), z.to(tl.float32).type)
 
 else:
-    from triton.language.extra.cuda import libdevice
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
 
     exp = libdevice.exp
     expm1 = libdevice.expm1
@@ -65,16 +75,27 @@ else:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
-    def lg2_approx(z):
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
-
-    @triton.jit
     def rcp_approx(z):
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
 
     @triton.jit
     def tanh_approx(z):
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def fma(a, b, c):
+        return tl.fma(a, b, c)
+
+    # As in cuda/device.cuh: the sum kernel is launched while the backward kernel still runs.
+    @triton.jit
+    def let_next_kernel_begin(EARLY: tl.constexpr):
+        if EARLY:
+            gdc_launch_dependents()
+
+    @triton.jit
+    def wait_for_kernel_before(EARLY: tl.constexpr):
+        if EARLY:
+            gdc_wait()
 
     @triton.jit
     def count(n):

@@ -1,5 +1,6 @@
 """Every stage: NAME(z, parameters, BITS) -> y and NAME_backward(z, gy, parameters, BITS) -> gz.
 
+Where the value on the way in a backward can be had cheaper, NAME_inner gives it.
 An operand stage has NAME(z, b, BITS) and NAME_backward(z, b, gy, BITS) -> (gz, gb). `cuda/stages.cuh` has the same
 names in the same order with the same formulas; `dualop/stages.py` says what they mean in torch. Gradients at kinks are
 torch's. Masked gradients are selected, not multiplied by 0, so that an infinite gy stays out.
@@ -235,6 +236,11 @@ def celu_backward(z, gy, alpha: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def sigmoid(z, BITS: tl.constexpr):
+    return math.sigmoid_alone(z, BITS)
+
+
+@triton.jit
+def sigmoid_inner(z, BITS: tl.constexpr):
     return math.sigmoid(z, BITS)
 
 
@@ -246,25 +252,30 @@ def sigmoid_backward(z, gy, BITS: tl.constexpr):
 # y' = s + z s'
 @triton.jit
 def silu(z, BITS: tl.constexpr):
-    return z * math.sigmoid(z, BITS)
+    return z * math.sigmoid_alone(z, BITS)
 
 
 @triton.jit
 def silu_backward(z, gy, BITS: tl.constexpr):
-    far = math.sigmoid(z, BITS) + z * math.sigmoid_slope(z, BITS)
-    return gy * math.near_zero(
-        far,
-        z,
-        -1.27846456,
-        1.29792825e-08,
-        0.217811719,
-        0.14664878,
-        0.0188730732,
-        -0.0152222039,
-        -0.00653208932,
-        0.000132912726,
-        BITS,
-    )
+    if BITS <= 11:
+        s = math.sigmoid_alone(z, BITS)
+        return gy * (s + (z * s) * (1.0 - s))
+    else:
+        return gy * math.near_zero(
+            math.sigmoid(z, BITS) + z * math.sigmoid_slope(z, BITS),
+            z,
+            -1.27846456,
+            1.29792825e-08,
+            0.217811704,
+            0.146648794,
+            0.018874649,
+            -0.0152227692,
+            -0.00660330243,
+            0.000128885949,
+            0.000777613663,
+            0.00017120078,
+            BITS,
+        )
 
 
 @triton.jit
@@ -272,31 +283,60 @@ def tanh(z, BITS: tl.constexpr):
     return math.tanh(z, BITS)
 
 
+# A 16-bit gradient does not show its error, which is 2^-23 of 1.
+@triton.jit
+def tanh_inner(z, BITS: tl.constexpr):
+    if BITS <= 11:
+        return math.tanh_far(z, BITS)
+    else:
+        return math.tanh(z, BITS)
+
+
 @triton.jit
 def tanh_backward(z, gy, BITS: tl.constexpr):
     return gy * math.sech2(z, BITS)
 
 
-# z - tanh(z), by the series of tanh where that cancels. float64 cancels, as torch does.
+# tanh where nothing behind it can enlarge its error; chosen by dualop/ranges.py.
+@triton.jit
+def tanh_approx(z, BITS: tl.constexpr):
+    if BITS == 8:
+        return math.platform.tanh_approx(z)
+    else:
+        return math.tanh(z, BITS)
+
+
+@triton.jit
+def tanh_approx_inner(z, BITS: tl.constexpr):
+    return math.tanh_far(z, BITS)
+
+
+@triton.jit
+def tanh_approx_backward(z, gy, BITS: tl.constexpr):
+    return gy * math.sech2(z, BITS)
+
+
+# z - tanh(z), by a polynomial where that cancels. float64 cancels, as torch does.
 @triton.jit
 def tanhshrink(z, BITS: tl.constexpr):
-    far = z - math.tanh(z, BITS)
     if BITS == 53:
-        return far
+        return z - math.tanh(z, BITS)
     else:
-        return tl.where(math.in_tanh_series(z, BITS), -(z * z * z) * math.tanh_series(z, BITS), far)
+        u = z * z
+        near = (z * u) * math.tanhshrink_series(u, BITS)
+        return tl.where(tl.abs(z) < 1.2, near, z - math.tanh_far(z, BITS))
 
 
 @triton.jit
 def tanhshrink_backward(z, gy, BITS: tl.constexpr):
-    t = math.tanh(z, BITS)
+    t = tanh_inner(z, BITS)
     return gy * (t * t)
 
 
 @triton.jit
 def softplus(z, beta: tl.constexpr, threshold: tl.constexpr, BITS: tl.constexpr):
     s = z * number(z, beta)
-    e = math.exp(-tl.abs(s), BITS)
+    e = math.exp_neg(tl.abs(s), BITS)
     y = (tl.where(s > 0, s, 0.0) + math.log1p(e, BITS)) * number(z, 1.0 / beta)
     return tl.where(s > number(z, threshold), z, y)
 
@@ -309,7 +349,7 @@ def softplus_backward(z, gy, beta: tl.constexpr, threshold: tl.constexpr, BITS: 
 
 @triton.jit
 def logsigmoid(z, BITS: tl.constexpr):
-    return min_nan(z, number(z, 0.0)) - math.log1p(math.exp(-tl.abs(z), BITS), BITS)
+    return min_nan(z, number(z, 0.0)) - math.log1p(math.exp_neg(tl.abs(z), BITS), BITS)
 
 
 @triton.jit
@@ -337,12 +377,14 @@ def mish_backward(z, gy, BITS: tl.constexpr):
         z,
         -1.19243121,
         -3.04393755e-09,
-        0.266947925,
-        0.204731271,
-        0.0419053696,
-        -0.0202743057,
-        -0.0157170296,
-        -0.00326411217,
+        0.266947895,
+        0.204731315,
+        0.0419086553,
+        -0.0202734955,
+        -0.0158384703,
+        -0.00334493374,
+        0.0012084319,
+        0.000938698009,
         BITS,
     )
 
@@ -366,7 +408,7 @@ def gelu(z, BITS: tl.constexpr):
 
 @triton.jit
 def gelu_backward(z, gy, BITS: tl.constexpr):
-    return gy * math.gelu_slope(z, math.normcdf(z, BITS), math.normpdf(z, BITS), BITS)
+    return gy * math.gelu_slope(z, BITS)
 
 
 # gelu for |z| <= 1, for instance behind tanh; chosen by dualop/ranges.py.
@@ -377,14 +419,14 @@ def gelu_unit(z, BITS: tl.constexpr):
 
 @triton.jit
 def gelu_unit_backward(z, gy, BITS: tl.constexpr):
-    return gy * math.gelu_slope(z, math.normcdf_unit(z, BITS), math.normpdf_unit(z, BITS), BITS)
+    return gy * math.gelu_slope_unit(z, BITS)
 
 
 # z (1 + tanh(u)) / 2 = z sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3)
 @triton.jit
 def gelu_tanh(z, BITS: tl.constexpr):
     slope: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
-    return z * math.sigmoid(slope * z * (1.0 + 0.044715 * z * z), BITS)
+    return z * math.sigmoid_alone(slope * z * (1.0 + 0.044715 * z * z), BITS)
 
 
 @triton.jit
@@ -400,12 +442,14 @@ def gelu_tanh_backward(z, gy, BITS: tl.constexpr):
         z,
         -0.752461433,
         1.13396279e-08,
-        0.430400133,
-        0.387518167,
-        -0.015794063,
-        -0.113922022,
-        -0.0161348451,
-        0.0192367211,
+        0.430400103,
+        0.387518227,
+        -0.0157860555,
+        -0.113936543,
+        -0.0165531046,
+        0.0196070392,
+        0.00482330984,
+        -0.00216889614,
         BITS,
     )
 

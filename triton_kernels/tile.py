@@ -10,12 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .platform import count, round_to
+from .platform import count, round_to, wait_for_kernel_before
 
 COLUMN = tl.constexpr(1)
 ROW = tl.constexpr(2)
 WRAP = tl.constexpr(4)
 SPLIT = tl.constexpr(8)
+
+
+@triton.jit
+def programs(NARROW: tl.constexpr):
+    """The numbers of this program along the rows and along the columns, wide enough for all that is made of them."""
+    row_program = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    col_program = tl.program_id(0)
+    if NARROW:
+        return row_program, col_program
+    else:
+        return row_program.to(tl.int64), col_program.to(tl.int64)
 
 
 @triton.jit
@@ -27,12 +38,20 @@ def place(first_row, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.cons
 
 
 @triton.jit
-def inside(row, column, rows, cols, total, FOLDED: tl.constexpr):
-    """Which elements there are; a folded layout's last row is short."""
-    if FOLDED:
+def inside(row, column, rows, cols, total, MASK: tl.constexpr):
+    """Which elements there are. MASK: 2 in a folded layout, whose last row is short; 0, with no mask, where all are."""
+    if MASK == 2:
         return row * cols + column < total
     else:
         return (row < rows) & (column < cols)
+
+
+@triton.jit
+def load(pointers, mask):
+    if mask is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask, other=0.0)
 
 
 @triton.jit
@@ -47,7 +66,7 @@ def read(
     else:
         row_offset = row * row_stride
     if KIND & 3 == 3:
-        value = tl.load(pointer + row_offset + column, mask, other=0.0)
+        value = load(pointer + row_offset + column, mask)
     elif COLUMN & KIND:
         value = tl.load(pointer + column, column < cols, other=0.0)
     elif ROW & KIND:
@@ -67,50 +86,64 @@ def write(pointer, offset, value, mask):
 
 @triton.jit
 def zeros(KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BITS: tl.constexpr):
-    """The sum of no gradients: [1, columns], [rows, 1] or [1, 1]."""
+    """The sum of no gradients: one for each column, whose elements are one thread's, otherwise one for each element."""
     dtype: tl.constexpr = tl.float64 if BITS == 53 else tl.float32
     if COLUMN & KIND:
         return tl.zeros([1, BLOCK_COLS], dtype)
-    elif ROW & KIND:
-        return tl.zeros([BLOCK_ROWS, 1], dtype)
     else:
-        return tl.zeros([1, 1], dtype)
+        return tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype)
 
 
 @triton.jit
-def reduced(gradient, mask, KIND: tl.constexpr):
-    """A tile's gradients summed to where the input varies."""
-    kept = tl.where(mask, gradient, 0.0)
+def add(sums, gradient, mask, KIND: tl.constexpr):
+    if mask is not None:
+        gradient = tl.where(mask, gradient, 0.0)
     if COLUMN & KIND:
-        return tl.sum(kept, axis=0, keep_dims=True)
-    elif ROW & KIND:
-        return tl.sum(kept, axis=1, keep_dims=True)
+        return sums + tl.sum(gradient, axis=0, keep_dims=True)
     else:
-        return tl.sum(tl.sum(kept, axis=1, keep_dims=True), axis=0, keep_dims=True)
+        return sums + gradient
 
 
 @triton.jit
-def write_partial(pointer, sums, row, column, rows, cols, row_program, col_program, col_programs, KIND: tl.constexpr):
+def write_partial(pointer, sums, row, column, rows, cols, row_program, col_program, KIND: tl.constexpr):
     """Leave a program's partial sums where the sum kernel finds them."""
     if COLUMN & KIND:
         tl.store(pointer + row_program * cols + column, sums, column < cols)
     elif ROW & KIND:
-        tl.store(pointer + row * col_programs + col_program, sums, row < rows)
+        place = row * tl.num_programs(0) + col_program
+        tl.store(pointer + place, tl.sum(sums, axis=1, keep_dims=True), row < rows)
     else:
-        tl.store(pointer + row_program * col_programs + col_program + tl.zeros([1, 1], tl.int32), sums)
+        total = tl.sum(tl.sum(sums, axis=1, keep_dims=True), axis=0, keep_dims=True)
+        place = row_program * tl.num_programs(0) + col_program
+        tl.store(pointer + place + tl.zeros([1, 1], tl.int32), total)
 
 
 @triton.jit
-def sum_kernel(partial, out, outer, kept, inner, columns, BLOCK_TERMS: tl.constexpr, BLOCK_OUT: tl.constexpr):
+def sum_kernel(
+    partial,
+    out,
+    outer,
+    kept,
+    inner,
+    columns,
+    COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK_TERMS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
     """out[k, n] = partial[outer, k, inner, n] summed over outer and inner, in float64 and in a fixed order."""
+    wait_for_kernel_before(EARLY)
     output = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
     term = tl.arange(0, BLOCK_TERMS)[:, None].to(tl.int64)
-    k = output // columns
-    n = output % columns
     sums = tl.zeros([BLOCK_TERMS, BLOCK_OUT], tl.float64)
-    for start in range(0, count(outer * inner), BLOCK_TERMS):
+    # Several blocks of terms are under way at once: it is their latency that counts.
+    for start in tl.range(0, count(outer * inner), BLOCK_TERMS, num_stages=4):
         t = start + term
-        offset = (((t // inner) * kept + k) * inner + t % inner) * columns + n
+        if COLUMNS:  # [outer, 1, 1, columns]: no division
+            offset = t * columns + output
+        else:
+            k = output // columns
+            offset = (((t // inner) * kept + k) * inner + t % inner) * columns + output - k * columns
         mask = (t < outer * inner) & (output < kept * columns)
         sums += tl.load(partial + offset, mask, other=0.0).to(tl.float64)
     total = tl.sum(sums, axis=0, keep_dims=True)

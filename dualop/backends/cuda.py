@@ -22,29 +22,46 @@ from dualop import build
 from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
-from dualop.launch import Grid, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.layout import COLUMN, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
+from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
 from dualop.ranges import Step, steps
 from dualop.sources import cuda_header
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
-THREADS, UNROLL = 256, 4  # as in cuda/view.cuh
-PROGRAMS_PER_SM = 8
+# Searched for on an H200 with the default chain (bench/NOTES.md). 16 elements a thread; float16, whose arithmetic takes
+# longer, has more of them to share what a thread does once.
+FORWARD = {
+    torch.bfloat16: Cut(rows=2, threads=128, across=128, resident=6),
+    torch.float16: Cut(rows=4, threads=128, across=128, resident=4),
+    torch.float32: Cut(rows=4, threads=128, across=128, resident=4),
+    torch.float64: Cut(rows=4, threads=128, across=128, resident=1),
+}
+# Few rows of many threads in flight; threads are 32 side by side, so that there are few partial sums.
+BACKWARD = {
+    **dict.fromkeys(DTYPES, Cut(rows=2, threads=128, across=32, resident=4)),
+    torch.float64: Cut(rows=2, threads=128, across=32, resident=1),
+}
 
 _missing_tools = lru_cache(maxsize=2)(build.missing_tools)
 
-Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...]]
+# The result's dtype, the inputs' dtypes and kinds, and whether 32 bits hold every index.
+Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...], bool]
 
 
 def source(chain: Chain, signature: Signature, host: bool) -> str:
     """The whole text that is compiled: the kernels, the chain as a type, and the exported launchers."""
-    dtype, inputs = signature
+    dtype, inputs, narrow = signature
+    index = "int" if narrow else "long long"
     stages = ",\n    ".join(map(_stage, steps(chain)))
     kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
+    # Long chains and many inputs need more registers than `resident` leaves: they would spill.
+    short = len(steps(chain)) + len(inputs) < 8
+    cuts = ", ".join(f"Cut<{c.rows}, {c.resident if short else 1}>" for c in (FORWARD[dtype], BACKWARD[dtype]))
     return (
-        f"{cuda_header('library.cuh', host)}\n"
+        f"namespace dualop {{ using index_t = {index}; }}\n{cuda_header('library.cuh', host)}\n"
         f"// {chain}\nnamespace dualop {{\nusing TheChain = Chain<\n    {stages}>;\n"
-        f"using TheProblem = Problem<TheChain, {C_TYPES[dtype]}{kinds}>;\n}}\nDUALOP_LIBRARY(dualop::TheProblem)\n"
+        f"using TheProblem = Problem<TheChain, {cuts}, {C_TYPES[dtype]}{kinds}>;\n}}\n"
+        "DUALOP_LIBRARY(dualop::TheProblem)\n"
     )
 
 
@@ -77,7 +94,7 @@ def _build(chain: Chain, signature: Signature, device: torch.device) -> build.Bu
 
 
 def _signature(view: Layout, dtypes: Iterable[torch.dtype]) -> Signature:
-    return view.dtype, tuple((t, v.kind) for t, v in zip(dtypes, view.views, strict=True))
+    return view.dtype, tuple((t, v.kind) for t, v in zip(dtypes, view.views, strict=True)), view.narrow
 
 
 def prepare(calls: Iterable[tuple[Chain, Tensor, Sequence[Tensor]]], progress: Any = None) -> None:
@@ -111,21 +128,22 @@ class Plan:
     library: ctypes.CDLL
     view: Layout
     wide: int
-    fixed: dict[tuple[bool, bool], tuple[Grid, tuple[int, int, int]]] = field(default_factory=dict)
+    fixed: dict[tuple[bool, bool], tuple[Grid, tuple[int, ...]]] = field(default_factory=dict)
 
-    def grid(self, backward: bool, vector: bool, device: torch.device) -> tuple[Grid, tuple[int, int, int]]:
-        """The grid and (programs, block.x, block.y)."""
+    def grid(self, backward: bool, vector: bool, device: torch.device) -> tuple[Grid, tuple[int, ...]]:
+        """The grid, and the launch's grid and block."""
         known = self.fixed.get((backward, vector))
         if known is None:
             width = self.wide if vector else 1
-            x = min(THREADS, power_of_two(-(-self.view.cols // width)))
-            y = THREADS // x
-            tile = (y * UNROLL, x * width)
+            cut = (BACKWARD if backward else FORWARD)[self.view.dtype]
+            x = min(cut.across, power_of_two(-(-self.view.cols // width)))
+            y = cut.threads // x
+            tile = (y * cut.rows, x * width)
             if backward:
-                grid = backward_grid(self.view, *tile, PROGRAMS_PER_SM * multiprocessors(device))
+                grid = backward_grid(self.view, *tile, multiprocessors(device), cut)
             else:
                 grid = forward_grid(self.view, *tile)
-            known = self.fixed[backward, vector] = grid, (grid.programs, x, y)
+            known = self.fixed[backward, vector] = grid, (*grid.axes, x, y)
         return known
 
 
@@ -163,7 +181,7 @@ class Cuda:
         return _missing_tools(False)
 
     def source(self, chain: Chain) -> str:
-        return source(chain, (torch.float32, _plain_inputs(chain)), host=False)
+        return source(chain, (torch.float32, _plain_inputs(chain), True), host=False)
 
     def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
         tensors, device = (x, *operands), device_of(x, operands)
@@ -233,7 +251,7 @@ def _words(view: Layout, inputs: Sequence[Tensor]) -> list[int]:
 
 def _aligned(view: Layout, wide: int, tensors: Sequence[Tensor]) -> bool:
     """Whether every access of `wide` elements is aligned: at the rows' starts, so everywhere."""
-    if view.cols % wide:
+    if view.cols % wide or view.total % wide:
         return False
     for tensor in tensors:
         if tensor.data_ptr() % 16:
@@ -248,9 +266,9 @@ def _launch(plan: Plan, backward: bool, vector: bool, device: torch.device, y: i
     guard = torch.cuda.device(device) if on_gpu and torch.cuda.current_device() != device.index else nullcontext()
     with guard:
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-        head = (int(vector), *blocks, stream, view.rows, view.cols, view.total)
-        walk = (grid.col_programs, grid.steps, grid.row_step, grid.col_step, y, gy)
-        words = struct.pack(f"={13 + 1 + len(inputs)}q", *head, *walk, *inputs)
+        head = (int(vector), *blocks, stream, view.cols, view.total)
+        walk = (grid.steps, grid.row_step, grid.col_step, y, gy)
+        words = struct.pack(f"={14 + len(inputs)}q", *head, *walk, *inputs)
         error = (plan.library.dualop_backward if backward else plan.library.dualop_forward)(words)
     if error:
         text = plan.library.dualop_error_text(error).decode()

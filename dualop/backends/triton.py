@@ -23,14 +23,22 @@ from dualop import build
 from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
-from dualop.launch import Grid, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.layout import COLUMN, FULL, Layout, device_of, layout
+from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
 from dualop.ranges import steps
 
-WARPS, UNROLL = 4, 4
-PROGRAMS_PER_SM = 16
+# As in the CUDA backend; a program is one warp in backward, whose sums along the columns then stay in its threads.
+FORWARD = {
+    torch.bfloat16: Cut(rows=2, threads=128, across=128, resident=1),
+    **dict.fromkeys(
+        (torch.float16, torch.float32, torch.float64), Cut(rows=4, threads=128, across=128, resident=1)
+    ),
+}
+BACKWARD = dict.fromkeys(DTYPES, Cut(rows=2, threads=32, across=32, resident=1, least=32, most=64))
+# Tiles of a program that are under way at once. The assembler would move loads into registers down to their first use.
+STAGES = 3
 # Fused multiply-add is what nvcc does too; a coming Triton changes the default, so it is said.
-OPTIONS = {} if INTERPRET else {"num_warps": WARPS, "enable_fp_fusion": True}
+OPTIONS = {} if INTERPRET else {"enable_fp_fusion": True}
 
 
 def source(chain: Chain, kinds: Sequence[int]) -> str:
@@ -94,8 +102,10 @@ class Triton:
         y = view.output(device)
         if view.total:
             module = _module(chain, tuple(v.kind for v in view.views))
-            grid = forward_grid(view, *_tile(view))
-            _launch(module.forward_kernel, (y, *_arguments(view, tensors, device)), view, grid, device, BITS=view.bits)
+            cut = FORWARD[view.dtype]
+            grid = forward_grid(view, *_tile(view, cut))
+            arguments = (y, *_arguments(view, tensors, device))
+            _launch(module.forward_kernel, arguments, view, grid, cut, device, BITS=view.bits)
         return y
 
     def backward(
@@ -108,7 +118,8 @@ class Triton:
         if gy.stride() != view.strides or gy.dtype != view.dtype:
             gy = view.output(device).copy_(gy)
         module = _module(chain, tuple(v.kind for v in view.views))
-        grid = backward_grid(view, *_tile(view), PROGRAMS_PER_SM * multiprocessors(device))
+        cut = (BACKWARD if any(v.reduced for v in view.views) else FORWARD)[view.dtype]
+        grid = backward_grid(view, *_tile(view, cut), multiprocessors(device), cut)
         partials: list[Tensor | None] = [
             view.partial(i, grid.row_programs, grid.col_programs, device) if need and v.reduced else None
             for i, (need, v) in enumerate(zip(needs, view.views, strict=True))
@@ -121,18 +132,19 @@ class Triton:
         written = [next((t for t in pair if t is not None), gy) for pair in zip(partials, gradients, strict=True)]
         mask = sum(1 << i for i, need in enumerate(needs) if need)
         arguments = (gy, *written, *_arguments(view, tensors, device))
-        _launch(module.backward_kernel, arguments, view, grid, device, NEEDS=mask, BITS=view.gradient_bits)
+        more = {"NEEDS": mask, "EARLY": _early(device), "STAGES": STAGES, "BITS": view.gradient_bits}
+        _launch(module.backward_kernel, arguments, view, grid, cut, device, **more)
         for v, partial, gradient in zip(view.views, partials, gradients, strict=True):
             if partial is not None and gradient is not None:
                 _sum(partial, gradient, v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs), device)
         return view.finished(gradients, partials, tensors)
 
 
-def _tile(view: Layout) -> tuple[int, int]:
-    """Rows and columns: a warp group's threads side by side with 16 bytes each, as far as there are columns."""
-    elements = WARPS * 32 * (16 // view.dtype.itemsize)
-    columns = min(power_of_two(view.cols), elements)
-    return UNROLL * elements // columns, columns
+def _tile(view: Layout, cut: Cut) -> tuple[int, int]:
+    """Rows and columns: threads side by side with 16 bytes each, as far as there are columns."""
+    wide = 16 // view.dtype.itemsize
+    columns = min(power_of_two(view.cols), cut.across * wide)
+    return cut.rows * cut.threads * wide // columns, columns
 
 
 def _arguments(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Any]:
@@ -142,20 +154,32 @@ def _arguments(view: Layout, tensors: Sequence[Tensor], device: torch.device) ->
     return arguments
 
 
-def _launch(kernel: Any, arguments: Sequence[Any], view: Layout, grid: Grid, device: torch.device, **more: int) -> None:
-    shape = (view.rows, view.cols, view.total, grid.col_programs, grid.program_rows, grid.program_cols)
+def _launch(
+    kernel: Any, arguments: Sequence[Any], view: Layout, grid: Grid, cut: Cut, device: torch.device, **more: int
+) -> None:
+    shape = (view.rows, view.cols, view.total)
     walk = (grid.steps, grid.row_step, grid.col_step)
     with _on(device):
-        kernel[(grid.programs,)](
+        kernel[grid.axes](
             *arguments,
             *shape,
             *walk,
             **more,
-            FOLDED=view.total != view.rows * view.cols,
+            MASK=_mask(view, grid),
+            NARROW=view.narrow,
             BLOCK_ROWS=grid.tile_rows,
             BLOCK_COLS=grid.tile_cols,
-            **OPTIONS,
+            **_options(cut.threads, cut.resident),
         )
+
+
+def _mask(view: Layout, grid: Grid) -> int:
+    """0 where the programs' tiles cover the rows and columns exactly; 2 where the last row is short."""
+    if view.total != view.rows * view.cols:
+        return 2
+    rows, cols = grid.tile_rows * grid.row_programs, grid.tile_cols * grid.col_programs
+    covered = (max(rows, grid.row_step * grid.steps), max(cols, grid.col_step * grid.steps))
+    return int(covered != (view.rows, view.cols))
 
 
 def _sum(partial: Tensor, out: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
@@ -163,11 +187,25 @@ def _sum(partial: Tensor, out: Tensor, shape: tuple[int, int, int, int], device:
 
     outer, kept, inner, columns = shape
     block_out = min(power_of_two(kept * columns), 32)
-    block_terms = min(power_of_two(outer * inner), 4096 // block_out)
+    block_terms = min(power_of_two(outer * inner), 1024 // block_out)
+    early = _early(device)
+    options = {**_options(128), "launch_pdl": True} if early else _options(128)
+    sizes = {"COLUMNS": kept == inner == 1, "EARLY": early, "BLOCK_TERMS": block_terms, "BLOCK_OUT": block_out}
     with _on(device):
-        sum_kernel[(-(-kept * columns // block_out),)](
-            partial, out, outer, kept, inner, columns, BLOCK_TERMS=block_terms, BLOCK_OUT=block_out, **OPTIONS
-        )
+        sum_kernel[(-(-kept * columns // block_out),)](partial, out, outer, kept, inner, columns, **sizes, **options)
+
+
+@lru_cache(maxsize=64)
+def _early(device: torch.device) -> bool:
+    """Whether the GPU launches the sum kernel while the backward kernel still runs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _options(threads: int, resident: int = 1) -> dict[str, Any]:
+    if INTERPRET:
+        return {}
+    limit = {"maxnreg": 65536 // (256 * resident)} if resident > 1 else {}
+    return {"num_warps": threads // 32, **limit, **OPTIONS}
 
 
 def _on(device: torch.device) -> Any:

@@ -1,0 +1,148 @@
+"""A matrix product that runs a chain on its sums while they are in registers: y = chain(x @ weight.T, *operands).
+
+Programs are persistent, each making tile after tile of y: the loop over a tile's depth and the loop over tiles are
+flattened into one, so that the loads of the next tile are under way while the chain runs on the last one. Two programs
+on an SM hide the rest of it: while one runs the chain, the other has the tensor cores.
+`generate` writes the kernel for one chain, around the functions below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+
+from .generate import Step, _chain
+from .platform import INTERPRETED, round_to
+
+_EXACT = tl.constexpr(INTERPRETED)  # the interpreter's product of two bfloat16 is not to be trusted
+
+
+@triton.jit
+def corner(tile, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of a tile. GROUP tiles of rows go along the columns together, and share the weight in L2."""
+    down = tl.cdiv(rows, BLOCK_M)
+    across = tl.cdiv(cols, BLOCK_N)
+    first = tile // (GROUP * across) * GROUP
+    height = tl.minimum(down - first, GROUP)
+    inside = tile % (GROUP * across)
+    return (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@triton.jit
+def fetch(
+    source, row, column, rows, cols, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """A block of a matrix whose rows lie `stride` apart, zero outside of it."""
+    if DESCRIPTORS:
+        block = source.load([row, column])
+    else:
+        r = row + tl.arange(0, HEIGHT)[:, None]
+        c = column + tl.arange(0, WIDTH)[None, :]
+        block = tl.load(source + r.to(tl.int64) * stride + c, (r < rows) & (c < cols), other=0.0)
+    if _EXACT:
+        return block.to(tl.float32)
+    else:
+        return block
+
+
+@triton.jit
+def put(target, row, column, rows, cols, value, DESCRIPTORS: tl.constexpr):
+    """Write a block of a dense matrix, rounded once."""
+    if DESCRIPTORS:
+        target.store([row, column], round_to(value, target.dtype))
+    else:
+        r = row + tl.arange(0, value.shape[0])[:, None]
+        c = column + tl.arange(0, value.shape[1])[None, :]
+        rounded = round_to(value, target.dtype.element_ty)
+        tl.store(target + r.to(tl.int64) * cols + c, rounded, (r < rows) & (c < cols))
+
+
+@triton.jit
+def halves(sums):
+    """The left and the right half of the columns: the chain on half a tile needs half the registers."""
+    HEIGHT: tl.constexpr = sums.shape[0]
+    WIDTH: tl.constexpr = sums.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(sums, (HEIGHT, 2, WIDTH)), (0, 2, 1)))
+
+
+_HEAD = '''"""{title} behind a matrix product: written by dualop, do not edit."""
+
+import triton
+import triton.language as tl
+
+from {package} import stages
+from {package}.gemm import corner, fetch, halves, put
+from {package}.math import number
+from {package}.platform import count
+from {package}.tile import inside, place, read
+'''
+
+_KERNEL = """@triton.jit
+def finish(sums, y, z, @VIEWS@first_row, first_column, rows, cols, @OPTIONS@):
+    if SAVE:
+        put(z, first_row, first_column, rows, cols, sums, DESCRIPTORS)
+    row, column = place(first_row, first_column, sums.shape[0], sums.shape[1])
+    if not NARROW:
+        row = row.to(tl.int64)
+    mask = inside(row, column, rows, cols, 0, 1)
+    in0 = sums
+@READS@    put(y, first_row, first_column, rows, cols, chain_forward(@INPUTS@, BITS), DESCRIPTORS)
+
+
+@triton.jit
+def finish_in_parts(sums, y, z, @VIEWS@row, column, rows, cols, PARTS: tl.constexpr, @OPTIONS@):
+    if PARTS == 1:
+        finish(sums, y, z, @VIEWS@row, column, rows, cols, @GIVEN@)
+    else:
+        left, right = halves(sums)
+        middle = column + left.shape[1]
+        finish_in_parts(left, y, z, @VIEWS@row, column, rows, cols, PARTS // 2, @GIVEN@)
+        finish_in_parts(right, y, z, @VIEWS@row, middle, rows, cols, PARTS // 2, @GIVEN@)
+
+
+@triton.jit
+def gemm_kernel(
+    x, weight, y, z, @VIEWS@rows, cols, depth, x_stride, weight_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    @OPTIONS@,
+):
+    programs = tl.num_programs(0)
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(cols, BLOCK_N)
+    # The tile that is finished, by a number of its own: what is loaded ahead must not wait for it.
+    done = tl.program_id(0) - programs
+    for tile in tl.range(count(tl.program_id(0)), count(tiles), count(programs), flatten=True):
+        row, column = corner(tile, rows, cols, BLOCK_M, BLOCK_N, GROUP)
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(count(tl.cdiv(depth, BLOCK_K))):
+            left = fetch(x, row, k * BLOCK_K, rows, depth, x_stride, BLOCK_M, BLOCK_K, DESCRIPTORS)
+            right = fetch(weight, column, k * BLOCK_K, cols, depth, weight_stride, BLOCK_N, BLOCK_K, DESCRIPTORS)
+            sums = tl.dot(left, right.T, sums)
+        done += programs
+        row, column = corner(done, rows, cols, BLOCK_M, BLOCK_N, GROUP)
+        finish_in_parts(sums, y, z, @VIEWS@row, column, rows, cols, PARTS, @GIVEN@)
+"""
+
+
+def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
+    """The text of a chain's file with a `gemm_kernel`; `kinds` (dualop/layout.py) are those of the operands."""
+    numbers = range(1, len(kinds) + 1)
+    views = [f"p{i}, div{i}, mod{i}, stride{i}, outer{i}" for i in numbers]
+    reads = [
+        f"    in{i} = read(p{i}, div{i}, mod{i}, stride{i}, outer{i}, row, column, rows, cols, mask, {kind}, BITS)\n"
+        for i, kind in zip(numbers, kinds, strict=True)
+    ]
+    constants = ("SAVE", "DESCRIPTORS", "NARROW", "BITS")
+    filled = {
+        "@VIEWS@": "".join(f"{view}, " for view in views),
+        "@READS@": "".join(reads),
+        "@INPUTS@": ", ".join(f"in{i}" for i in (0, *numbers)),
+        "@OPTIONS@": ", ".join(f"{name}: tl.constexpr" for name in constants),
+        "@GIVEN@": ", ".join(constants),
+    }
+    kernel = _KERNEL
+    for mark, value in filled.items():
+        kernel = kernel.replace(mark, value)
+    head = _HEAD.format(title=title, package=__name__.rpartition(".")[0])
+    return f"{head}\n\n{_chain(steps, len(kinds) + 1)}\n\n\n{kernel}"
