@@ -123,6 +123,7 @@ def _kernels(kinds: Sequence[int]) -> str:
     if finish:
         finish.insert(0, "row, column = place(first_row, first_column, BLOCK_ROWS, BLOCK_COLS)")
     outs = ", ".join(f"g{i}" for i in count)
+    more = "NEEDS: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr"
     lines = [
         "@triton.jit",
         f"def forward_kernel(y, {views}, {shape}, {options}):",
@@ -133,7 +134,7 @@ def _kernels(kinds: Sequence[int]) -> str:
         "",
         "",
         "@triton.jit",
-        f"def backward_kernel(gy, {outs}, {views}, {shape}, NEEDS: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr, {options}):",
+        f"def backward_kernel(gy, {outs}, {views}, {shape}, {more}, {options}):",
         "    let_next_kernel_begin(EARLY)",
         *(f"    {line}" for line in (*start, *sums)),
         "    for step in tl.range(0, count(steps), num_stages=STAGES):",
