@@ -11,28 +11,32 @@ from torch._functorch import config as functorch_config
 
 from dualop import check, truth
 from dualop.bench import timing
+from dualop.bench.copying import copy_time, launch_time
 from dualop.bench.workloads import (
     BACKWARD,
     COMPILED,
     COPY,
     EAGER,
     FORWARD,
+    LAUNCH,
     Function,
     Workload,
     calls,
     contestants,
-    copies,
 )
 from dualop.cases import Sample
 from dualop.registry import BACKENDS
 
 Progress = Callable[[str], None]
+# Up to here a call takes about as long as a launch, whatever it does: it is measured against an empty one, too.
+TINY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Row:
     """One figure. `copy_share` is the time of a device copy of the same bytes over this time: 1 is the copy's speed.
 
+    `launches` is this time over that of an empty launch, for tiny tensors only. `operands` are their forms.
     `max_ulp` is the largest error against float64, over the results of that direction (None: infinite or not known).
     """
 
@@ -54,25 +58,38 @@ class Row:
     method: str = ""
     sets: int = 1
     note: str = ""
+    launches: float | None = None
+    operands: str = ""
 
 
-def steps(backends: int, compiled: bool) -> int:
+def steps(backends: int, compiled: bool, eager: bool = True) -> int:
     """How often `measure` calls `progress` for so many backends."""
-    functions = backends + 1 + compiled
+    functions = backends + eager + compiled
     return functions + 2 * (functions + 1)
 
 
-def measure(workload: Workload, backends: Sequence[str], compiled: bool, seed: int, progress: Progress) -> list[Row]:
+def measure(
+    workload: Workload,
+    backends: Sequence[str],
+    compiled: bool,
+    seed: int,
+    progress: Progress,
+    eager: bool = True,
+    checked_rows: int | None = None,
+) -> list[Row]:
     """The rows of one workload: device copy, eager, torch.compile and the backends, forward and backward.
 
-    A backend whose results are wrong has a row that is not ok, with no time.
+    A backend whose results are wrong has a row that is not ok, with no time. `checked_rows` checks only the first so
+    many rows of x.
     """
     if compiled:
         torch._dynamo.reset()  # or the next shape would be compiled for all shapes
     rows: list[Row] = []
-    functions = contestants(workload, list(backends), compiled)
+    functions = contestants(workload, list(backends), compiled, eager)
+    if checked_rows is None:
+        checked_rows = _checked_rows(workload)
     with functorch_config.patch(donated_buffer=False):  # a compiled backward may otherwise run only once
-        verdicts = _verdicts(workload, functions, seed, progress)
+        verdicts = _verdicts(workload, functions, seed, checked_rows, progress)
         for direction in (FORWARD, BACKWARD):
             rows += _rows(workload, direction, functions, verdicts, seed, progress)
     return rows
@@ -86,8 +103,10 @@ class Verdict:
     wrong: dict[str, str]
 
 
-def _verdicts(workload: Workload, functions: dict[str, Function], seed: int, progress: Progress) -> dict[str, Verdict]:
-    sample = workload.sample(seed, _checked_rows(workload))
+def _verdicts(
+    workload: Workload, functions: dict[str, Function], seed: int, rows: int | None, progress: Progress
+) -> dict[str, Verdict]:
+    sample = workload.sample(seed, rows)
     exact = truth.truth(workload.chain, sample)
     verdicts = {}
     for name, function in functions.items():
@@ -137,13 +156,17 @@ def _rows(
 ) -> list[Row]:
     device, count = workload.device, workload.bytes(direction)
     sets = timing.sets_beyond_cache(count, device)
-    common = Row("", direction, str(workload.chain), workload.dtype, list(workload.shape), sets=sets)
+    operands = ", ".join(workload.operand_forms)
+    common = Row("", direction, str(workload.chain), workload.dtype, list(workload.shape), sets=sets, operands=operands)
     samples: list[Sample] = [workload.sample(seed + i) for i in range(sets)]
     rows: list[Row] = []
     with timing.on_stream(device) as stream:
         progress(f"{direction}: {COPY}")
-        copy = timing.timed(copies(count, sets, device), stream)
-        rows.append(_filled(replace(common, backend=COPY), copy, count, copy))
+        copy = copy_time(count, sets, device, stream)
+        empty = launch_time(device, stream) if count <= TINY_BYTES else None
+        if empty:
+            rows.append(with_time(replace(common, backend=LAUNCH, launches=1.0), empty))
+        rows.append(_filled(replace(common, backend=COPY), copy, count, copy, empty))
         for name, function in functions.items():
             row = replace(common, backend=name, interpreted=name in BACKENDS and BACKENDS[name].interpreted)
             verdict = verdicts[name]
@@ -154,8 +177,8 @@ def _rows(
             gc.collect()
             result = timing.timed(calls(function, direction, samples), stream)
             worst = verdict.max_ulp[direction]
-            row = replace(row, max_ulp=round(worst, 3) if worst < torch.inf else None)
-            rows.append(_filled(row, result, count, copy))
+            row = replace(row, max_ulp=_rounded(worst) if worst < torch.inf else None)
+            rows.append(_filled(row, result, count, copy, empty))
     return with_ratios(rows)
 
 
@@ -165,7 +188,7 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
     def ratio(other: str, row: Row) -> float | None:
         base = times.get(other)
-        return round(base / row.time_us, 3) if base and row.time_us and row.backend != COPY else None
+        return _rounded(base / row.time_us) if base and row.time_us and row.backend not in (COPY, LAUNCH) else None
 
     return [replace(row, vs_eager=ratio(EAGER, row), vs_compile=ratio(COMPILED, row)) for row in rows]
 
@@ -173,14 +196,20 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 def with_time(row: Row, result: timing.Timing) -> Row:
     return replace(
         row,
-        time_us=round(result.median_us, 3),
-        low_us=round(result.low_us, 3),
-        high_us=round(result.high_us, 3),
+        time_us=_rounded(result.median_us),
+        low_us=_rounded(result.low_us),
+        high_us=_rounded(result.high_us),
         method=result.method,
         note=result.note,
     )
 
 
-def _filled(row: Row, result: timing.Timing, count: int, copy: timing.Timing) -> Row:
+def _filled(row: Row, result: timing.Timing, count: int, copy: timing.Timing, empty: timing.Timing | None) -> Row:
     gbps, share = count / result.median_us / 1e3, copy.median_us / result.median_us
-    return replace(with_time(row, result), gbps=round(gbps, 2), copy_share=round(share, 4))
+    launches = _rounded(result.median_us / empty.median_us) if empty else None
+    return replace(with_time(row, result), gbps=_rounded(gbps), copy_share=_rounded(share), launches=launches)
+
+
+def _rounded(value: float) -> float:
+    """To five significant digits: a share of 0.03 has as many as one of 3."""
+    return float(f"{value:.5g}")

@@ -19,6 +19,10 @@ _checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_checkout, "pyproject.toml")) and os.path.isdir(os.path.join(_checkout, "cuda")):
     __path__.append(_checkout)
 
+# Triton reads this once, when it is imported; dualop may be imported before it.
+if os.environ.get("DUALOP_INTERPRET", "0") not in ("", "0"):
+    os.environ["TRITON_INTERPRET"] = "1"
+
 _HOME = {
     "chain": "dualop.chains",
     "Chain": "dualop.chains",

@@ -19,15 +19,18 @@ from torch import Tensor
 from torch._C import _after_autograd_keyset as _AFTER_AUTOGRAD
 from torch._C import _any_requires_grad, _are_functorch_transforms_active
 from torch._C import _AutoDispatchBelowAutograd as _BelowAutograd
+from torch._C._dynamo import eval_frame
 from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.overrides import is_tensor_like
 
-from dualop import registry
+from dualop import distributed, registry
 from dualop.backends.reference import reference_gradients, result_dtype
-from dualop.chains import Chain, parse
+from dualop.chains import Chain
 from dualop.layout import device_of, validate
+from dualop.slopes import parse, slope
 
 _LIBRARY = torch.library.Library("dualop", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -39,9 +42,12 @@ _forward_op = torch.ops.dualop.forward.default
 _backward_op = torch.ops.dualop.backward.default
 
 
-def run(chain: Chain, x: Tensor, operands: Sequence[Tensor], backend: str | None) -> Tensor:
+def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -> Tensor:
     """One call of a chain: check the tensors, resolve the backend once, dispatch."""
+    if not isinstance(x, Tensor) and is_tensor_like(x):  # a proxy, as of torch.fx: a node of the graph that it builds
+        return _forward_op(x, list(operands), chain.text, registry.requested(backend))
     validate(x, operands, chain.operands)
+    distributed.know_dtensor()
     name = registry.requested(backend)
     if not torch.compiler.is_compiling() and x.device.type != "meta":
         name = registry.resolve(name, chain, device_of(x, operands)).name
@@ -81,7 +87,8 @@ class ChainFunction(torch.autograd.Function):
 
     `tensors` are (x, *operands) for the forward op and (gy, x, *operands) for the backward op, `arguments` the op's
     others. It saves the tensors and nothing else. The derivative of the forward op is the backward op; that one's is
-    the reference's, by torch's own functions, which torch can differentiate without end.
+    the backward op of the chain's slope (dualop/slopes.py) where there is one, else the reference's, by torch's own
+    functions, which torch can differentiate without end.
     """
 
     @staticmethod
@@ -109,8 +116,7 @@ class ChainFunction(torch.autograd.Function):
             else:
                 wanted = _backward_op(cotangents[0], x, operands, *ctx.arguments, needs)
         else:
-            outputs = torch.func.vjp(_reference_gradients(*ctx.arguments), *ctx.saved_tensors)
-            wanted = [g for g, need in zip(outputs[1](cotangents), needs, strict=True) if need]
+            wanted = _second(ctx.arguments, cotangents, ctx.saved_tensors, needs)
         gradients = iter(wanted)
         return None, None, *[next(gradients) if need else None for need in needs]
 
@@ -119,7 +125,8 @@ class ChainFunction(torch.autograd.Function):
         # Of the forward op only: see _backward_autograd.
         # The chain is pointwise: with every input at the result's shape, the gradients of its sum are the derivatives.
         dtype = _forward_fake(ctx.saved_tensors[0], ctx.saved_tensors[1:], *ctx.arguments).dtype
-        x, *operands = torch.broadcast_tensors(*ctx.saved_tensors)
+        device = device_of(ctx.saved_tensors[0], ctx.saved_tensors[1:])  # a number may lie on the CPU
+        x, *operands = torch.broadcast_tensors(*[t.to(device) for t in ctx.saved_tensors])
         y = _forward_fake(x, operands, *ctx.arguments)
         derivatives = _backward_op(torch.ones_like(y), x, operands, *ctx.arguments, [t is not None for t in tangents])
         # Reverse over forward mode of one level needs the products in its graph, functorch has a level for each.
@@ -139,6 +146,19 @@ def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any
     if op is _forward_op:
         return op(tensors[0], tensors[1:], *arguments)
     return tuple(op(tensors[0], tensors[1], tensors[2:], *arguments))
+
+
+def _second(
+    arguments: tuple[Any, ...], cotangents: Sequence[Tensor], tensors: Sequence[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    """The derivative of the backward op: the gradients of those of (gy, x, *operands) that `needs` asks for."""
+    chain, backend, _ = arguments
+    sloped = slope(chain)
+    if sloped is None or (not torch.compiler.is_compiling() and is_legacy_batchedtensor(cotangents[0])):
+        outputs = torch.func.vjp(_reference_gradients(*arguments), *tensors)
+        return [g for g, need in zip(outputs[1](tuple(cotangents)), needs, strict=True) if need]
+    gy, x = tensors
+    return _backward_op(cotangents[0], x, [gy], sloped, backend, needs[::-1])[::-1]
 
 
 def _reference_gradients(chain: str, _backend: str, needs: Sequence[bool]) -> Callable[..., tuple[Tensor, ...]]:
@@ -238,3 +258,12 @@ torch.library.register_fake("dualop::forward", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("dualop::backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_vmap("dualop::forward", _forward_vmap, lib=_LIBRARY)
 torch.library.register_vmap("dualop::backward", _backward_vmap, lib=_LIBRARY)
+
+# Around a compiled function that broke off, Dynamo tries to compile each Python function that it meets: not these.
+_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+for _kernel in (
+    *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake),
+    *(_forward_vmap, _backward_vmap, ChainFunction.forward, ChainFunction.setup_context),
+    *(ChainFunction.backward, ChainFunction.jvp, _second),
+):
+    eval_frame.set_code_exec_strategy(_kernel.__code__, _SKIP)

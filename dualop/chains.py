@@ -32,10 +32,10 @@ class Chain:
     Raises OperandError, ShapeError, DtypeError, DeviceError, BackendUnavailable, BuildError.
     """
 
-    __slots__ = ("calls", "operands", "text")
-    calls: tuple[Call, ...]
-    operands: tuple[str, ...]
-    text: str
+    # Values of the class, for Dynamo of torch 2.11 takes the hash of a chain before it is filled.
+    calls: tuple[Call, ...] = ()
+    operands: tuple[str, ...] = ()
+    text: str = ""
 
     def __init__(self, calls: tuple[Call, ...]) -> None:
         if not calls:

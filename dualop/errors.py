@@ -25,6 +25,10 @@ class DtypeError(DualopError, TypeError):
     """A dtype that is not a real floating-point one of 16, 32 or 64 bits."""
 
 
+class LayoutError(DualopError, TypeError):
+    """A sparse or otherwise packed tensor where a strided one is needed."""
+
+
 class DeviceError(DualopError, ValueError):
     """Tensors on devices that do not go together."""
 

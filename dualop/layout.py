@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualop.errors import DeviceError, DtypeError, OperandError, ShapeError
+from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
 
 # Varies along the columns; along the rows; is repeated along the rows; has rows in two strides.
 COLUMN, ROW, WRAP, SPLIT = 1, 2, 4, 8
@@ -170,7 +170,7 @@ def device_of(x: Tensor, operands: Sequence[Tensor]) -> torch.device:
 
 
 def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
-    """Raise OperandError, DtypeError, ShapeError or DeviceError, naming the tensor, if the call makes no sense."""
+    """Raise the error that fits, naming the tensor, if the call makes no sense."""
     for name, tensor in zip(("x", *names), (x, *operands), strict=True):
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
@@ -178,18 +178,27 @@ def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
         if tensor.dtype not in DTYPES:
             takes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise DtypeError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; a chain takes {takes}")
+        if tensor.layout is not torch.strided:
+            raise LayoutError(f"{name} is {str(tensor.layout).removeprefix('torch.')}; call its .to_dense()")
     tensors = (x, *operands)
     # Symbolic sizes, as a tracer has them, have no hash.
     known = not torch.compiler.is_compiling() and all(type(n) is int for t in tensors for n in t.shape)
-    try:
-        (_broadcast if known else torch.broadcast_shapes)(*[t.shape for t in tensors])
-    except RuntimeError:
+    if not (_known_to_broadcast if known else _broadcast)(*[t.shape for t in tensors]):
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(("x", *names), tensors, strict=True))
-        raise ShapeError(f"shapes do not broadcast together: {shapes}") from None
+        raise ShapeError(f"shapes do not broadcast together: {shapes}")
     device_of(x, operands)
 
 
-_broadcast = lru_cache(maxsize=4096)(torch.broadcast_shapes)
+def _broadcast(*shapes: Sequence[int]) -> bool:
+    """Whether they do. torch.broadcast_shapes says so by an exception, which compiled code cannot catch."""
+    for last in range(1, max(len(shape) for shape in shapes) + 1):
+        wide = [shape[-last] for shape in shapes if last <= len(shape) and shape[-last] != 1]
+        if any(size != wide[0] for size in wide):
+            return False
+    return True
+
+
+_known_to_broadcast = lru_cache(maxsize=4096)(_broadcast)
 
 
 @lru_cache(maxsize=4096)

@@ -84,7 +84,15 @@ def set_backend(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """The backend within a `with` block, in this thread (and in functions that torch.compile traces meanwhile)."""
     global _traced
-    token, mine = _context.set(_known(name, "use_backend")), [name]
+    _known(name, "use_backend")
+    if torch.compiler.is_compiling():  # Dynamo knows no lock, and that of torch 2.11 cannot set a ContextVar
+        before, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = before
+        return
+    token, mine = _context.set(name), [name]
     with _lock:
         _entered.append(mine)
         _traced = name

@@ -26,6 +26,7 @@ from dualop.backends.cuda import _signature as signature_of
 from dualop.backends.cuda import source
 from dualop.layout import layout
 from dualop.ranges import steps
+from dualop.slopes import is_curved, parse
 from dualop.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +79,12 @@ GROUPS = {
     **{f"stages {i + 1}": " | sub(0.1) | ".join(EXAMPLES[i : i + 8]) for i in range(0, len(EXAMPLES), 8)},
     "gelus": 'gelu(approximate="tanh") | tanh | sub(1) | hardtanh | gelu | mul(x) | add(2)',
 }
+# The same of those that have a second derivative, in double backward.
+CURVED = [text for text in EXAMPLES if any(is_curved(step.function) for step in steps(dualop.chain(text)))]
+SLOPES = {
+    **{f"slope {i + 1}": f"slope of {' | sub(0.1) | '.join(CURVED[i : i + 6])}" for i in range(0, len(CURVED), 6)},
+    "slope of gelus": 'slope of gelu("tanh") | tanh | sub(1) | hardtanh | gelu | add(2)',
+}
 
 
 def group_shapes(chain: str) -> tuple[tuple[int, ...], ...]:
@@ -89,11 +96,13 @@ PROBLEMS = [
     *[Problem(f"{form}, {t}", DEFAULT, s, (t,)) for (form, s), t in zip(MORE_FORMS.items(), DTYPES, strict=True)],
     Problem("mixed", DEFAULT, FORMS["features"], ("bfloat16", "float32")),
     *[Problem(f"{name}, {t}", text, group_shapes(text), (t,)) for name, text in GROUPS.items() for t in DTYPES],
+    *[Problem(f"slope, {t}", "slope of silu | tanh | gelu | hardtanh", (X, X), (t,)) for t in DTYPES],
+    *[Problem(f"{name}, {t}", text, (X, X), (t,)) for name, text in SLOPES.items() for t in ("float32", "float64")],
 ]
 
 
 def test_every_function_of_the_kernels_is_compiled() -> None:
-    compiled = {step.function for problem in PROBLEMS for step in steps(dualop.chain(problem.chain))}
+    compiled = {step.function for problem in PROBLEMS for step in steps(parse(problem.chain))}
     assert compiled >= {name for name, _ in cuda_stages()}
 
 
@@ -132,11 +141,11 @@ def nvcc(text: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_cuda_without_spills_and_stack_frames(problem: Problem, tmp_path: Path, record_property: Any) -> None:
-    said = nvcc(source(dualop.chain(problem.chain), problem.signature(), host=False), tmp_path)
+    said = nvcc(source(parse(problem.chain), problem.signature(), host=False), tmp_path)
     assert "warning" not in said, said
     kernels = [match.groupdict() for match in ENTRY.finditer(said)]
-    # forward and backward, each with wide and with single accesses, and the sum of partial sums.
-    assert len(kernels) == len(ARCHITECTURES) * 5
+    # Forward (not of a slope) and backward, each with wide and with single accesses, and the sum of partial sums.
+    assert len(kernels) == len(ARCHITECTURES) * (3 if problem.name.startswith("slope") else 5)
     name = re.sub(r"[^a-z0-9]+", "-", problem.name)
     rows = [f"{problem.name}\tsm_{k['architecture']}\t{k['kernel']}\t{k['registers']}" for k in kernels]
     folder = build.cache_folder() / "registers"
@@ -195,7 +204,7 @@ def test_triton_compiles(release: str, tmp_path: Path, record_property: Any) -> 
     compiled = {(row["name"], row["kernel"], row["architecture"]) for row in rows}
     for problem in TRITON_PROBLEMS:
         for architecture in problem["architectures"]:
-            assert (problem["name"], "forward_kernel", architecture) in compiled
+            assert problem["name"].startswith("slope") or (problem["name"], "forward_kernel", architecture) in compiled
             assert (problem["name"], "backward_kernel", architecture) in compiled
     assert "sum_kernel" in {kernel for _, kernel, _ in compiled}
     assert all(row["cubin"] for row in rows)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import pytest
 import torch
 from torch import Tensor
 
-from dualop.errors import DeviceError, DtypeError, OperandError, ShapeError
+import dualop
+from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
 from dualop.launch import MOST_PROGRAMS, TILES, Cut, Grid, backward_grid, forward_grid, power_of_two
 from dualop.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
 
@@ -410,6 +411,15 @@ def test_shapes_that_do_not_broadcast(shapes: tuple[tuple[int, ...], tuple[int, 
         x + bias  # torch refuses too
     with pytest.raises(ShapeError, match="bias"):
         validate(x, [bias], ["bias"])
+
+
+@pytest.mark.parametrize("packed", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
+def test_what_is_not_strided(packed: Callable[[Tensor], Tensor]) -> None:
+    x = torch.ones(3, 4)
+    with pytest.raises(LayoutError, match=r"x is .*to_dense"):
+        dualop.chain("relu")(packed(x))
+    with pytest.raises(LayoutError, match="bias is"):
+        validate(x, [packed(x)], ["bias"])
 
 
 def test_what_is_no_tensor() -> None:

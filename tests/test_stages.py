@@ -23,6 +23,7 @@ import dualop
 from dualop import registry
 from dualop.chains import Chain
 from dualop.ranges import SPECIALISED
+from dualop.slopes import SECOND, is_curved
 from dualop.sources import folder
 from dualop.stages import STAGES
 
@@ -473,16 +474,18 @@ def parameters_of(name: str) -> int:
     return 0
 
 
-def cuda_stages() -> list[tuple[str, int]]:
-    text = (folder("cuda") / "stages.cuh").read_text()
+def cuda_stages(header: str = "stages.cuh") -> list[tuple[str, int]]:
+    """The structs of the header's first namespace, and how many numbers each takes."""
+    text = (folder("cuda") / header).read_text().partition("}  // namespace")[0]
     found = re.findall(r"^(?:template <([^>]*)> )?struct (\w+)", text, re.MULTILINE)
     return [(name, len(parameters.split(",")) if parameters else 0) for parameters, name in found]
 
 
-def triton_functions() -> dict[str, list[str]]:
-    """Without those that take the place of a forward inside a backward."""
-    tree = ast.parse((folder("triton_kernels") / "stages.py").read_text())
-    functions = [f for f in tree.body if isinstance(f, ast.FunctionDef) and not f.name.endswith("_inner")]
+def triton_functions(module: str = "stages.py") -> dict[str, list[str]]:
+    """Without those that take the place of a forward inside a backward, and without the module's own."""
+    tree = ast.parse((folder("triton_kernels") / module).read_text())
+    functions = [f for f in tree.body if isinstance(f, ast.FunctionDef)]
+    functions = [f for f in functions if not f.name.endswith("_inner") and not f.name.startswith("_")]
     return {f.name: [a.arg for a in f.args.args] for f in functions}
 
 
@@ -503,6 +506,17 @@ def test_the_three_tables_have_the_same_parameters() -> None:
         operand = name in STAGES and STAGES[name].operand
         assert len(functions[name]) == 2 + operand + count, name  # z, BITS
         assert len(functions[f"{name}_backward"]) == 3 + operand + count, name  # and gy
+
+
+def test_the_three_tables_have_the_same_second_derivatives() -> None:
+    """dualop/slopes.py says which stages have one; the kernels have these and those of their specialised forms."""
+    ours = [name for name, _ in cuda_stages() if is_curved(name)]
+    assert [name for name in ours if name not in SPECIALISED] == list(SECOND)
+    functions = triton_functions("second.py")
+    assert list(functions) == ours
+    assert cuda_stages("second.cuh") == [(name, count) for name, count in cuda_stages() if name in ours]
+    for name, count in cuda_stages("second.cuh"):
+        assert len(functions[name]) == 2 + count, name  # z, BITS
 
 
 def test_every_stage_is_complete() -> None:

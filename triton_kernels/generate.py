@@ -31,7 +31,7 @@ from {package}.tile import add, inside, place, programs, read, write, write_part
 def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
     """The file's text for a chain of `steps` on inputs of `kinds` (dualop/layout.py), x first."""
     package = __name__.rpartition(".")[0]
-    parts = [_HEAD.format(title=title, package=package), _chain(steps, len(kinds)), _kernels(kinds)]
+    parts = [_HEAD.format(title=title, package=package), _chain(steps, len(kinds)), *_kernels(kinds)]
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -85,7 +85,8 @@ def _chain(steps: Sequence[Step], inputs: int) -> str:
     return "\n".join(lines)
 
 
-def _kernels(kinds: Sequence[int]) -> str:
+def _kernels(kinds: Sequence[int]) -> tuple[str, str]:
+    """The forward and the backward kernel around a `chain_forward` and a `chain_backward`."""
     count = range(len(kinds))
     views = ", ".join(f"p{i}, div{i}, mod{i}, stride{i}, outer{i}" for i in count)
     reads = [
@@ -124,15 +125,15 @@ def _kernels(kinds: Sequence[int]) -> str:
         finish.insert(0, "row, column = place(first_row, first_column, BLOCK_ROWS, BLOCK_COLS)")
     outs = ", ".join(f"g{i}" for i in count)
     more = "NEEDS: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr"
-    lines = [
+    forward = [
         "@triton.jit",
         f"def forward_kernel(y, {views}, {shape}, {options}):",
         *(f"    {line}" for line in start),
         "    for step in range(count(steps)):",
         *(f"        {line}" for line in tile),
         f"        write(y, row * cols + column, chain_forward({inputs}, BITS), mask)",
-        "",
-        "",
+    ]
+    backward = [
         "@triton.jit",
         f"def backward_kernel(gy, {outs}, {views}, {shape}, {more}, {options}):",
         "    let_next_kernel_begin(EARLY)",
@@ -144,4 +145,4 @@ def _kernels(kinds: Sequence[int]) -> str:
         *(f"        {line}" for line in gather),
         *(f"    {line}" for line in finish),
     ]
-    return "\n".join(lines)
+    return "\n".join(forward), "\n".join(backward)

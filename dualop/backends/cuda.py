@@ -25,6 +25,7 @@ from dualop.errors import BackendUnavailable
 from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
 from dualop.ranges import Step, steps
+from dualop.slopes import Slope, is_curved
 from dualop.sources import cuda_header
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
@@ -49,28 +50,37 @@ Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...], bool]
 
 
 def source(chain: Chain, signature: Signature, host: bool) -> str:
-    """The whole text that is compiled: the kernels, the chain as a type, and the exported launchers."""
+    """The whole text that is compiled: the kernels, the chain as a type, and the exported launchers.
+
+    A slope has a library of its own, so that a chain which nobody differentiates twice is not compiled for it.
+    """
     dtype, inputs, narrow = signature
     index = "int" if narrow else "long long"
-    stages = ",\n    ".join(map(_stage, steps(chain)))
+    sloped = isinstance(chain, Slope)
+    form, header, exported = (
+        ("Slope", "second.cuh", "DUALOP_SLOPE_LIBRARY") if sloped else ("Chain", "library.cuh", "DUALOP_LIBRARY")
+    )
+    stages = ",\n    ".join(_stage(step, sloped) for step in steps(chain))
     kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
-    # Long chains and many inputs need more registers than `resident` leaves: they would spill.
-    short = len(steps(chain)) + len(inputs) < 8
+    # Long chains, many inputs and slopes need more registers than `resident` leaves: they would spill.
+    short = len(steps(chain)) + len(inputs) < 8 and not sloped
     cuts = ", ".join(f"Cut<{c.rows}, {c.resident if short else 1}>" for c in (FORWARD[dtype], BACKWARD[dtype]))
     return (
-        f"namespace dualop {{ using index_t = {index}; }}\n{cuda_header('library.cuh', host)}\n"
-        f"// {chain}\nnamespace dualop {{\nusing TheChain = Chain<\n    {stages}>;\n"
+        f"namespace dualop {{ using index_t = {index}; }}\n{cuda_header(header, host)}\n"
+        f"// {chain}\nnamespace dualop {{\nusing TheChain = {form}<\n    {stages}>;\n"
         f"using TheProblem = Problem<TheChain, {cuts}, {C_TYPES[dtype]}{kinds}>;\n}}\n"
-        "DUALOP_LIBRARY(dualop::TheProblem)\n"
+        f"{exported}(dualop::TheProblem)\n"
     )
 
 
-def _stage(step: Step) -> str:
+def _stage(step: Step, sloped: bool) -> str:
     function = f"stage::{step.function}"
     if step.operand is not None:
         taken = f"Operand<{step.operand}>" if isinstance(step.operand, int) else f"Number<{_number(step.operand)}>"
         return f"With<{function}, {taken}>"
     parameters = f"<{', '.join(map(_number, step.numbers))}>" if step.numbers else ""
+    if sloped and is_curved(step.function):
+        return f"Curved<{function}{parameters}, second::{step.function}{parameters}>"
     return f"Only<{function}{parameters}>"
 
 
@@ -150,7 +160,7 @@ class Plan:
 @lru_cache(maxsize=1024)
 def _plan(chain: Chain, view: Layout, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Plan:
     library = _build(chain, _signature(view, dtypes), device).load()
-    for launcher in (library.dualop_forward, library.dualop_backward):
+    for launcher in [library.dualop_backward] + ([] if isinstance(chain, Slope) else [library.dualop_forward]):
         launcher.argtypes, launcher.restype = [ctypes.c_char_p], ctypes.c_int
     library.dualop_error_text.argtypes, library.dualop_error_text.restype = [ctypes.c_int], ctypes.c_char_p
     return Plan(library, view, 16 // view.dtype.itemsize)

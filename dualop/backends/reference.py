@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dualop.chains import Chain
 from dualop.layout import layout
+from dualop.slopes import Slope, slope_gradients
 
 
 def evaluate(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
@@ -46,6 +47,10 @@ def reference_gradients(
     """
     tensors = (x, *operands)
     wide = torch.float64 if gy.dtype == torch.float64 else torch.float32
+    if isinstance(chain, Slope):
+        found = slope_gradients(chain, gy.to(wide), x.to(wide), operands[0].to(wide), needs)
+        wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+        return [g.sum_to_size(t.shape).to(t.dtype) for g, t in zip(found, wanted, strict=True)]
     values = dict(zip(("x", *chain.operands), (t.to(wide) for t in tensors), strict=True))
     steps, z = [], values["x"]
     for call in chain.calls:

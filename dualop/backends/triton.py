@@ -5,12 +5,9 @@ With DUALOP_INTERPRET=1 the same file runs in Triton's interpreter, on CPU tenso
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -19,22 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualop import build
 from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
 from dualop.chains import Chain
-from dualop.errors import BackendUnavailable
+from dualop.generated import imported
 from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
 from dualop.ranges import steps
+from dualop.slopes import Slope, is_curved
 
 # As in the CUDA backend; a program is one warp in backward, whose sums along the columns then stay in its threads.
 FORWARD = {
     torch.bfloat16: Cut(rows=2, threads=128, across=128, resident=1),
-    **dict.fromkeys(
-        (torch.float16, torch.float32, torch.float64), Cut(rows=4, threads=128, across=128, resident=1)
-    ),
+    **dict.fromkeys((torch.float16, torch.float32, torch.float64), Cut(rows=4, threads=128, across=128, resident=1)),
 }
 BACKWARD = dict.fromkeys(DTYPES, Cut(rows=2, threads=32, across=32, resident=1, least=32, most=64))
+# A slope has three values a stage and element on its way up: at most 8 elements a thread, or long ones spill.
+SLOPE = {t: Cut(rows=1 if t.itemsize == 2 else 2, threads=128, across=128, resident=1) for t in DTYPES}
 # Tiles of a program that are under way at once. The assembler would move loads into registers down to their first use.
 STAGES = 3
 # Fused multiply-add is what nvcc does too; a coming Triton changes the default, so it is said.
@@ -43,33 +40,18 @@ OPTIONS = {} if INTERPRET else {"enable_fp_fusion": True}
 
 def source(chain: Chain, kinds: Sequence[int]) -> str:
     """The text of the chain's file for inputs of these kinds (dualop/layout.py), x first."""
-    from dualop.triton_kernels.generate import generate
+    from dualop.triton_kernels import generate, slope
 
-    return generate(str(chain).replace('"', "'"), steps(chain), kinds)
+    title, stages = str(chain).replace('"', "'"), steps(chain)
+    if isinstance(chain, Slope):
+        return slope.generate(title, stages, [s.function for s in stages if is_curved(s.function)], kinds)
+    return generate.generate(title, stages, kinds)
 
 
 @lru_cache(maxsize=1024)
 def _module(chain: Chain, kinds: tuple[int, ...]) -> ModuleType:
     """The chain's file, written to the cache under a name of its content, and imported. Triton reads it from there."""
-    text = source(chain, kinds)
-    name = f"triton_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    folder = build.cache_folder()
-    path = folder / f"{name}.py"
-    try:
-        if not path.exists() or path.read_text() != text:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-                file.write(text)
-            os.replace(file.name, path)
-    except OSError as error:
-        raise BackendUnavailable(
-            f"cannot write to {folder} ({error}): set DUALOP_CACHE_DIR to a folder that is writable"
-        ) from error
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported(source(chain, kinds))
 
 
 class Triton:
@@ -101,11 +83,8 @@ class Triton:
         view = layout(x, operands)
         y = view.output(device)
         if view.total:
-            module = _module(chain, tuple(v.kind for v in view.views))
-            cut = FORWARD[view.dtype]
-            grid = forward_grid(view, *_tile(view, cut))
-            arguments = (y, *_arguments(view, tensors, device))
-            _launch(module.forward_kernel, arguments, view, grid, cut, device, BITS=view.bits)
+            launch = _launch(chain, view, device, None)
+            launch((y,), _readable(view, tensors, device))
         return y
 
     def backward(
@@ -117,9 +96,8 @@ class Triton:
             return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
         if gy.stride() != view.strides or gy.dtype != view.dtype:
             gy = view.output(device).copy_(gy)
-        module = _module(chain, tuple(v.kind for v in view.views))
-        cut = (BACKWARD if any(v.reduced for v in view.views) else FORWARD)[view.dtype]
-        grid = backward_grid(view, *_tile(view, cut), multiprocessors(device), cut)
+        launch = _launch(chain, view, device, tuple(needs))
+        grid = launch.grid
         partials: list[Tensor | None] = [
             view.partial(i, grid.row_programs, grid.col_programs, device) if need and v.reduced else None
             for i, (need, v) in enumerate(zip(needs, view.views, strict=True))
@@ -130,14 +108,65 @@ class Triton:
         ]
         # A gradient that nobody wants is not written; gy stands in for its pointer.
         written = [next((t for t in pair if t is not None), gy) for pair in zip(partials, gradients, strict=True)]
-        mask = sum(1 << i for i, need in enumerate(needs) if need)
-        arguments = (gy, *written, *_arguments(view, tensors, device))
-        more = {"NEEDS": mask, "EARLY": _early(device), "STAGES": STAGES, "BITS": view.gradient_bits}
-        _launch(module.backward_kernel, arguments, view, grid, cut, device, **more)
+        launch((gy, *written), _readable(view, tensors, device))
         for v, partial, gradient in zip(view.views, partials, gradients, strict=True):
             if partial is not None and gradient is not None:
                 _sum(partial, gradient, v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs), device)
         return view.finished(gradients, partials, tensors)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All of a kernel's launch that the tensors' addresses do not change."""
+
+    kernel: Any  # with its grid
+    grid: Grid
+    walks: tuple[tuple[int, ...], ...]  # where the elements of each input lie
+    numbers: dict[str, Any]
+    device: torch.device
+
+    def __call__(self, pointers: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        views = [part for tensor, walk in zip(inputs, self.walks, strict=True) for part in (tensor, *walk)]
+        with _on(self.device):
+            self.kernel(*pointers, *views, **self.numbers)
+
+
+@lru_cache(maxsize=2048)
+def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool, ...] | None) -> Launch:
+    """Of the forward kernel, or of the backward kernel with these gradients."""
+    module = _module(chain, tuple(v.kind for v in view.views))
+    walks = tuple((v.div, v.mod, v.row_stride, v.outer_stride) for v in view.views)
+    reduced = needs is not None and any(v.reduced for v in view.views)
+    cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
+    cut = _fitted(cut, view, device)
+    if needs is None:
+        kernel, grid = module.forward_kernel, forward_grid(view, *_tile(view, cut))
+        own: dict[str, Any] = {"BITS": view.bits}
+    else:
+        kernel, grid = module.backward_kernel, backward_grid(view, *_tile(view, cut), multiprocessors(device), cut)
+        mask = sum(1 << i for i, need in enumerate(needs) if need)
+        own = {"NEEDS": mask, "EARLY": _early(device), "STAGES": STAGES, "BITS": view.gradient_bits}
+    numbers = {
+        "rows": view.rows,
+        "cols": view.cols,
+        "total": view.total,
+        "steps": grid.steps,
+        "row_step": grid.row_step,
+        "col_step": grid.col_step,
+        "MASK": _mask(view, grid),
+        "NARROW": view.narrow,
+        "BLOCK_ROWS": grid.tile_rows,
+        "BLOCK_COLS": grid.tile_cols,
+        **own,
+        **_options(cut.threads, cut.resident),
+    }
+    return Launch(kernel[grid.axes], grid, walks, numbers, device)
+
+
+def _fitted(cut: Cut, view: Layout, device: torch.device) -> Cut:
+    """With fewer rows a thread where there would not be a program for each multiprocessor otherwise."""
+    programs = view.total // (cut.rows * cut.threads * (16 // view.dtype.itemsize))
+    return replace(cut, rows=1) if programs < multiprocessors(device) else cut
 
 
 def _tile(view: Layout, cut: Cut) -> tuple[int, int]:
@@ -147,30 +176,8 @@ def _tile(view: Layout, cut: Cut) -> tuple[int, int]:
     return cut.rows * cut.threads * wide // columns, columns
 
 
-def _arguments(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Any]:
-    arguments: list[Any] = []
-    for i, (v, tensor) in enumerate(zip(view.views, tensors, strict=True)):
-        arguments += (view.readable(i, tensor, device), v.div, v.mod, v.row_stride, v.outer_stride)
-    return arguments
-
-
-def _launch(
-    kernel: Any, arguments: Sequence[Any], view: Layout, grid: Grid, cut: Cut, device: torch.device, **more: int
-) -> None:
-    shape = (view.rows, view.cols, view.total)
-    walk = (grid.steps, grid.row_step, grid.col_step)
-    with _on(device):
-        kernel[grid.axes](
-            *arguments,
-            *shape,
-            *walk,
-            **more,
-            MASK=_mask(view, grid),
-            NARROW=view.narrow,
-            BLOCK_ROWS=grid.tile_rows,
-            BLOCK_COLS=grid.tile_cols,
-            **_options(cut.threads, cut.resident),
-        )
+def _readable(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    return [view.readable(i, t, device) for i, t in enumerate(tensors)]
 
 
 def _mask(view: Layout, grid: Grid) -> int:

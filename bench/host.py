@@ -1,0 +1,98 @@
+"""What a call costs the host: wall time of calls on a tensor so small that the kernels do not count.
+
+The default chain on 8 x 64 with a bias, beside functions of torch itself. A call is timed in loops of some thousand,
+and the fastest of several loops counts: whatever else the machine does only adds to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+import dualop
+from dualop.bench.workloads import COMPILED, EAGER, evaluate_on
+from dualop.cli.options import DEFAULT_CHAIN
+
+SHAPE = (8, 64)
+LOOPS, LOOP_S = 7, 0.05
+FORWARD, TRAINING = "forward", "forward and backward"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Microseconds of a call on the host, and how many times as long the yardstick of its direction takes.
+
+    The yardsticks: torch.sigmoid for forward, the eager chain for forward and backward.
+    """
+
+    name: str
+    direction: str
+    time_us: float
+    ratio: float
+
+
+def run(names: Sequence[str], device: torch.device, compiled: bool) -> list[Row]:
+    """Rows of torch and of these backends, in the order in which they were timed."""
+    op = dualop.chain(DEFAULT_CHAIN)
+    x, bias = torch.randn(SHAPE, device=device), torch.randn(SHAPE[1], device=device)
+    written_out = partial(evaluate_on, op)
+    chains: dict[str, Callable[..., Tensor]] = {EAGER: written_out}
+    if compiled:
+        chains[COMPILED] = torch.compile(written_out, dynamic=False)
+    chains |= {name: partial(op, backend=name) for name in names}
+    times: dict[tuple[str, str], float] = {}
+    for name, call in {"torch.empty_like": torch.empty_like, "torch.sigmoid": torch.sigmoid}.items():
+        times[name, FORWARD] = _time(partial(_without_gradients, call, x), device)
+    for name, chain in chains.items():
+        times[name, FORWARD] = _time(partial(_without_gradients, chain, x, bias), device)
+    leaves = [t.clone().requires_grad_() for t in (x, bias)]
+    gy = torch.randn(SHAPE, device=device)
+    for name, chain in chains.items():
+        times[name, TRAINING] = _time(partial(_step, chain, leaves, gy), device)
+    base = {FORWARD: times["torch.sigmoid", FORWARD], TRAINING: times[EAGER, TRAINING]}
+    return [Row(name, way, round(us, 2), round(us / base[way], 3)) for (name, way), us in times.items()]
+
+
+def _without_gradients(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    with torch.no_grad():
+        return call(*tensors)
+
+
+def _step(chain: Callable[..., Tensor], leaves: Sequence[Tensor], gy: Tensor) -> Sequence[Tensor]:
+    return torch.autograd.grad(chain(*leaves), leaves, gy)
+
+
+def _time(call: Callable[[], object], device: torch.device) -> float:
+    """Microseconds a call takes until it returns, which on a GPU is before its kernels have ended."""
+    for _ in range(10):
+        call()
+    once = min(_loop(call, 10, device) for _ in range(3))
+    count = max(1, int(LOOP_S * 1e6 / once))
+    return min(_loop(call, count, device) for _ in range(LOOPS))
+
+
+def _loop(call: Callable[[], object], count: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) * 1e6 / count
+
+
+def render(rows: Sequence[Row]) -> Iterator[Table]:
+    """A table for each direction."""
+    for direction, base in ((FORWARD, "torch.sigmoid"), (TRAINING, EAGER)):
+        table = Table(title=f"host, {direction}, {SHAPE[0]} x {SHAPE[1]}", title_justify="left")
+        for column in ("", "us", f"of {base}"):
+            table.add_column(column, justify="left" if not column else "right")
+        for row in rows:
+            if row.direction == direction:
+                table.add_row(row.name, f"{row.time_us:.2f}", f"{row.ratio:.2f}")
+        yield table

@@ -1,0 +1,24 @@
+"""The command line, one command a file.
+
+torch, triton and the kernels are imported inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from dualop.cli import bench, check, doctor, emit, show, verify
+from dualop.cli.app import Commands, Lazy, app
+from dualop.cli.options import DEFAULT_CHAIN as DEFAULT_CHAIN
+
+for command in (bench.bench, check.check, verify.verify, emit.emit, doctor.doctor, show.show, show.stages):
+    app.command()(command)
+
+Commands.lazy["capabilities"] = Lazy(
+    "capabilities",
+    "dualop.capabilities.command:capabilities",
+    "Try what PyTorch users do with an operator, a row each; exit 1 if a row fails.",
+)
+
+
+def main() -> None:
+    """The entry point of the script `dualop`."""
+    app(prog_name="dualop")

@@ -1,0 +1,73 @@
+"""`dualop bench`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from dualop.cli import options, output
+from dualop.cli.options import DEFAULT_CHAIN, Backends, Json
+
+
+def bench(
+    backend: Backends = "all",
+    chain: Annotated[str, typer.Option(help="What to run.")] = DEFAULT_CHAIN,
+    shape: Annotated[str, typer.Option(help="Several with commas (16384x8192; on the CPU 64x256).")] = "",
+    dtype: Annotated[str, typer.Option(help="Several with commas, or all.")] = "float32,bfloat16",
+    operand: Annotated[
+        str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
+    ] = "last",
+    problem: Annotated[str, typer.Option(help="linear95: the whole model, nn.Linear and the chain behind it.")] = "",
+    host: Annotated[bool, typer.Option("--host", help="What a call costs the host, on tiny tensors.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """Time a chain forward and backward beside a device copy, torch eager and torch.compile; checked before timed."""
+    device = options.device()
+    import dualop
+    from dualop.bench import linear95, measure, table, workloads
+
+    if problem not in ("", "linear95"):
+        raise typer.BadParameter(f"{problem!r} is not known; there is linear95", param_hint="--problem")
+    if operand not in workloads.FORMS:
+        raise typer.BadParameter(f"{operand!r} is none of {', '.join(workloads.FORMS)}", param_hint="--operand")
+    op, dtypes = dualop.chain(DEFAULT_CHAIN if problem else chain), options.dtypes(dtype)
+    names, unavailable = options.backends(backend, op, device)
+    out = output.console()
+    more: dict[str, Any] = {"unavailable": unavailable}
+    output.say_unavailable(out, unavailable)
+    if host:
+        from dualop.bench import host as hosts
+
+        costs = hosts.run(names, device, not no_compile)
+        for costs_of_direction in hosts.render(costs):
+            out.print(costs_of_direction)
+        about = {"device": table.device_info(device), "times": "wall clock on the host, microseconds a call"}
+        output.write(json_file, {**about, **more, "rows": [vars(row) for row in costs]})
+        return
+    out.print(table.how(device), markup=False)
+    rows: list[measure.Row] = []
+    compiled = not no_compile
+    if problem:
+        total = len(dtypes) * linear95.steps(len(names), compiled, len(linear95.sizes(device)))
+        with output.steps(out, total) as progress:
+            agreements, rows = linear95.run(names, dtypes, device, compiled, seed, progress)
+        out.print(linear95.render(agreements))
+        more["agreements"] = [vars(a) for a in agreements]
+    else:
+        default = "16384x8192" if device.type == "cuda" else "64x256"
+        shapes = [workloads.parse_shape(text) for text in (shape or default).split(",")]
+        works = [workloads.Workload(op, size, name, device, (operand,)) for size in shapes for name in dtypes]
+        with output.steps(out, len(works) * measure.steps(len(names), compiled)) as progress:
+            for work in works:
+                rows += measure.measure(work, names, compiled, seed, progress)
+    groups: dict[tuple[str, str], list[measure.Row]] = {}
+    for row in rows:
+        groups.setdefault(("x".join(map(str, row.shape)), row.dtype), []).append(row)
+    for (size_text, name), group in groups.items():
+        out.print(table.render(group, f"{group[0].chain}   {size_text}   {name}"))
+    output.write(json_file, table.as_json(rows, device, **more))
+    if not all(row.ok for row in rows):
+        raise typer.Exit(1)

@@ -1,0 +1,61 @@
+"""What several commands take: options, and what their texts mean (device, backends, dtypes)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE, too.")]
+Backends = Annotated[str, typer.Option("--backend", help="cuda, triton, reference, several with commas, or all.")]
+
+
+def device() -> torch.device:
+    """Where kernels run. Call it before importing dualop's modules: without a GPU it switches interpreting on."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("DUALOP_INTERPRET", "1")
+        # Triton's interpreter computes with numpy, which warns of every NaN and infinity that the check puts in.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.|numpy\.")
+    from dualop.registry import interpreting
+
+    return torch.device("cuda" if gpu and not interpreting() else "cpu")
+
+
+def backends(asked: str, chain: Any, device: torch.device) -> tuple[list[str], dict[str, list[str]]]:
+    """The backends to run, and for `all` the reasons of those that cannot; one asked for by name raises."""
+    from dualop.errors import BackendUnavailable
+    from dualop.registry import BACKENDS, resolve
+
+    if asked == "all":
+        unavailable = {b.name: reasons for b in BACKENDS.values() if (reasons := b.reasons(chain, device))}
+        return [name for name in BACKENDS if name not in unavailable], unavailable
+    names = list(dict.fromkeys(name.strip() for name in asked.split(",")))
+    for name in names:
+        if name not in BACKENDS:
+            raise BackendUnavailable(f"unknown backend {name!r}; there are {', '.join(BACKENDS)} and all")
+        resolve(name, chain, device)
+    return names, {}
+
+
+def dtypes(text: str) -> list[str]:
+    """Names of dtypes from a text with commas, short forms (bf16) among them, or `all`; raises DtypeError."""
+    from dualop.cases import DTYPES
+    from dualop.errors import DtypeError
+
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
+    names = list(DTYPES) if text == "all" else [short.get(n.strip(), n.strip()) for n in text.split(",")]
+    for name in names:
+        if name not in DTYPES:
+            raise DtypeError(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
+    return names

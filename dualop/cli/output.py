@@ -1,0 +1,72 @@
+"""What commands print and write: the console, progress bars, files."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+PIPED_WIDTH = 160  # a pipe has no width, and a table folded to 80 columns is hard to read or search
+
+
+def console() -> Console:
+    out = Console()
+    return out if out.is_terminal else Console(width=PIPED_WIDTH)
+
+
+def say_unavailable(out: Console, unavailable: dict[str, list[str]]) -> None:
+    for name, reasons in unavailable.items():
+        out.print(f"{name} does not run here and is left out: {'; '.join(reasons)}", style="yellow", markup=False)
+
+
+def prepare(calls: Sequence[Any], step: Callable[[int, int], None]) -> None:
+    """Build the CUDA libraries of calls (chain, x, operands), in parallel."""
+    from dualop.backends.cuda import prepare as build
+    from dualop.errors import BuildError
+
+    with contextlib.suppress(BuildError):  # the call that needs this library builds again and reports it in its own row
+        build(calls, progress=step)
+
+
+@contextlib.contextmanager
+def bars(out: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Progress bars: `bar("checking")` gives a function of (done, total)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+
+        def bar(what: str) -> Callable[[int, int], None]:
+            task = progress.add_task(what, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield bar
+
+
+@contextlib.contextmanager
+def steps(out: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """One bar of `total` steps: the function it gives says what the next one is."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+        task, done = progress.add_task("", total=total), itertools.count()
+        yield lambda text: progress.update(task, description=text, completed=next(done))
+
+
+def write(path: Path | None, content: dict[str, Any] | str, option: str = "--json") -> None:
+    """Write JSON or text to the file that `option` named, if it did, and make its folder."""
+    if path is None:
+        return
+    text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=option) from None

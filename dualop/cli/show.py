@@ -1,0 +1,44 @@
+"""`dualop show` and `dualop stages`: what there is to look at."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dualop.cli import output
+
+
+def show(
+    chain: Annotated[str, typer.Argument(metavar="CHAIN")],
+    backend: Annotated[str, typer.Option(help="cuda, triton or reference.")] = "cuda",
+) -> None:
+    """Print the source that a backend compiles for a chain."""
+    import dualop
+    from dualop.errors import BackendUnavailable
+    from dualop.registry import BACKENDS
+
+    if backend not in BACKENDS:
+        raise BackendUnavailable(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    source = BACKENDS[backend].source(dualop.chain(chain))
+    out = Console()
+    if out.is_terminal:
+        from rich.syntax import Syntax
+
+        out.print(Syntax(source, "cuda" if backend == "cuda" else "python"))
+    else:
+        typer.echo(source, nl=not source.endswith("\n"))
+
+
+def stages() -> None:
+    """Print the table of stages with their parameters and defaults."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from dualop.stages import STAGES
+
+    table = Table("stage", "also", "written", "alone, as a chain", title="stages", title_justify="left")
+    for name, stage in STAGES.items():
+        table.add_row(*map(Text, (name, ", ".join(stage.aliases), stage.signature, stage.example)))
+    output.console().print(table)

@@ -1,0 +1,273 @@
+"""Second derivatives of chains of one variable: the slope's backward on every backend, by itself and under autograd."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, jacrev, vmap
+
+import dualop
+import dualop.autograd  # registers the ops
+from dualop import registry
+from dualop.backends.reference import evaluate, reference_gradients
+from dualop.errors import ChainError
+from dualop.registry import BACKENDS
+from dualop.slopes import SECOND, Slope, is_curved, parse, slope
+from dualop.stages import STAGES
+
+if not registry.interpreting():
+    pytest.skip("on CPU tensors, with DUALOP_INTERPRET=1", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter computes with NumPy
+
+NAMES = ("reference", "cuda", "triton")
+KERNELS = ("cuda", "triton")
+CHAIN = "silu | tanh | gelu | hardtanh(-1, 1)"
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of the largest magnitude. 16-bit results are rounded once, which takes half an ulp of their own.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+UNARY = [stage.example for stage in STAGES.values() if not stage.operand]
+TEXTS = [
+    *(text for text in UNARY if any(is_curved(c.stage.kernel(*c.arguments)[0]) for c in dualop.chain(text).calls)),
+    'gelu(approximate="tanh")',
+    "elu(2.5)",
+    "softplus(2, 10)",
+    "tanh | gelu",  # gelu_unit
+    CHAIN,
+    "mul(2) | mish | add(0.5) | tanh | rsub(1) | sigmoid | div(3) | softplus | maximum(0.25)",
+]
+
+
+def exact(text: str, v: Tensor, gy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """v gy f''(x) and v f'(x) by autograd through each stage's gradient in float64."""
+    v, gy, x = (t.double().requires_grad_() for t in (v, gy, x))
+    (gx,) = reference_gradients(dualop.chain(text), gy, x, (), [True])
+    return torch.autograd.grad(gx, (x, gy), v, allow_unused=True, materialize_grads=True)
+
+
+def drawn(dtype: torch.dtype, *shape: int) -> list[Tensor]:
+    """v, gy and x; x avoids 0, where some functions have a pole."""
+    v, gy, x = torch.randn(3, *shape, dtype=torch.float64)
+    x = torch.linspace(-9, 9, x.numel(), dtype=torch.float64).view(shape) + 0.011
+    return [t.to(dtype) for t in (v, gy, x)]
+
+
+def slope_of(text: str) -> Slope:
+    named = slope(str(dualop.chain(text)))
+    assert named is not None
+    chain = parse(named)
+    assert isinstance(chain, Slope)
+    return chain
+
+
+def close(got: Tensor, right: Tensor, tolerance: float) -> None:
+    assert (got.double() - right).abs().max() <= tolerance * right.abs().max() + 1e-300
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", TEXTS)
+def test_second_derivative(text: str, dtype: str, name: str) -> None:
+    kind = DTYPES[dtype]
+    v, gy, x = drawn(kind, 9, 40)
+    if "reciprocal" in text or "sqrt" in text:
+        x = x.sign() * (x.abs() + 0.25)
+    got = BACKENDS[name].backward(slope_of(text), v, x, [gy], [True, True])
+    for one, right in zip(got, exact(text, v, gy, x), strict=True):
+        assert one.dtype == kind and one.shape == x.shape
+        close(one, right, TOLERANCE[kind])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("text", UNARY)
+def test_kinks_and_far_values_are_torchs(text: str, dtype: str, name: str) -> None:
+    bounds = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0, 3.0, 6.0, 20.0, 90.0, 1e4, 1e20], dtype=DTYPES[dtype])
+    x = torch.cat([bounds, -bounds])
+    one = torch.ones_like(x)
+    got = BACKENDS[name].backward(slope_of(text), one, x, [one], [True, True])
+    leaf = x.clone().requires_grad_()
+    y = reference_gradients(dualop.chain(text), one, leaf, (), [True])[0]
+    right = [torch.zeros_like(x), y.detach()]
+    if y.requires_grad:
+        right[0] = torch.autograd.grad(y.sum(), leaf, allow_unused=True, materialize_grads=True)[0]
+    for a, b in zip(got, right, strict=True):
+        known = b.isfinite()  # torch's own formulas overflow far out
+        torch.testing.assert_close(a[known], b[known], rtol=1e-5, atol=2e-6)
+        if text not in ("abs | sqrt", "reciprocal"):
+            assert not a[known].isnan().any()
+
+
+def derivative(y: Tensor, z: Tensor) -> Tensor:
+    if not y.requires_grad:
+        return torch.zeros_like(z)
+    return torch.autograd.grad(y.sum(), z, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+
+def test_formulas_are_those_of_autograd() -> None:
+    """SECOND against the derivative of each stage's gradient, for other parameters too, and differentiable again."""
+    z = torch.linspace(-7.3, 7.6, 97, dtype=torch.double).requires_grad_()
+    for text in (*TEXTS, "celu(-2)", "softplus(0.25)", "softplus(1, 3)", "elu(-1)"):
+        for call in dualop.chain(text).calls:
+            if call.stage.operand:
+                continue
+            function, numbers = call.stage.kernel(*call.arguments)
+            inner = z.abs() if function == "sqrt" else z
+            second = derivative(call.stage.gradient(torch.ones_like(inner), inner, *call.arguments), inner)
+            if function not in SECOND:
+                assert not second.any(), function
+                continue
+            mine = SECOND[function](inner, *numbers)
+            torch.testing.assert_close(mine, second, rtol=1e-7, atol=1e-10)  # torch's hardswish has a float32 constant
+            torch.testing.assert_close(derivative(mine, z), derivative(second, z), rtol=1e-7, atol=1e-9)
+
+
+def test_which_chains_have_a_slope() -> None:
+    assert slope("silu | mul(2)") == "slope of silu | mul(2)"
+    for text in ("mul(x) | silu", "add | silu", "silu | add(b)", "slope of silu"):
+        assert slope(text) is None
+    chain = parse("slope of silu")
+    assert isinstance(chain, Slope) and chain.operands == ("gy",) and chain != dualop.chain("silu")
+    with pytest.raises(ChainError):
+        dualop.chain("slope of silu")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_slopes_source_has_no_forward(name: str) -> None:
+    text = BACKENDS[name].source(parse("slope of silu | relu"))
+    assert "slope of silu | relu" in text
+    if name == "triton":
+        assert "forward_kernel" not in text and "second.silu" in text
+    else:
+        assert "Curved<stage::silu, second::silu>" in text and "int dualop_backward" in text
+        assert "second::" not in BACKENDS[name].source(dualop.chain("silu | relu"))
+
+
+# ---- under autograd --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def f(name: str) -> Callable[[Tensor], Tensor]:
+    return functools.partial(dualop.chain(CHAIN), backend=name)
+
+
+def written_out(x: Tensor) -> Tensor:
+    z = x * torch.sigmoid(x)
+    return torch.nn.functional.hardtanh(torch.nn.functional.gelu(torch.tanh(z)))
+
+
+@pytest.mark.parametrize("text", [CHAIN, 'gelu(approximate="tanh") | softplus(2) | logsigmoid', "mish | mul(2)"])
+def test_gradgradcheck(text: str, name: str) -> None:
+    x = torch.randn(2, 3, dtype=torch.double, requires_grad=True)
+    function = functools.partial(dualop.chain(text), backend=name)
+    assert torch.autograd.gradgradcheck(function, (x,))
+    assert torch.autograd.gradgradcheck(function, (x,), check_fwd_over_rev=True)
+    assert torch.autograd.gradgradcheck(function, (x,), check_batched_grad=True)
+
+
+def test_double_backward_is_one_launch(f: Callable[[Tensor], Tensor], name: str, monkeypatch: Any) -> None:
+    asked: list[tuple[str, list[bool]]] = []
+    backward = BACKENDS[name].backward
+
+    def watched(chain: Any, *arguments: Any) -> list[Tensor]:
+        asked.append((str(chain), list(arguments[-1])))
+        return backward(chain, *arguments)
+
+    monkeypatch.setattr(BACKENDS[name], "backward", watched)
+    x = torch.randn(4, 5, dtype=torch.double, requires_grad=True)
+    gy = torch.randn(4, 5, dtype=torch.double, requires_grad=True)
+    (gx,) = torch.autograd.grad(f(x), x, gy, create_graph=True)
+    asked.clear()
+    torch.autograd.grad(gx.square().sum(), (x, gy))
+    assert asked == [("slope of silu | tanh | gelu | hardtanh", [True, True])]
+    asked.clear()
+    (gx,) = torch.autograd.grad(f(x), x, gy.detach(), create_graph=True)
+    asked.clear()
+    torch.autograd.grad(gx.square().sum(), x)
+    assert asked == [("slope of silu | tanh | gelu | hardtanh", [True, False])]
+
+
+def test_a_physics_informed_loss(f: Callable[[Tensor], Tensor]) -> None:
+    """The residual of u'' = u' u for a small network: its loss is differentiated by the weights."""
+
+    def gradients(f: Callable[[Tensor], Tensor]) -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(1, 5), torch.nn.Linear(5, 5), torch.nn.Linear(5, 1)).double()
+        t = torch.linspace(-1, 1, 7, dtype=torch.double)[:, None].requires_grad_()
+        u = model[2](f(model[1](f(model[0](t)))))
+        (first,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), t, create_graph=True)
+        return torch.autograd.grad((second - first * u).square().mean(), list(model.parameters()), allow_unused=True)
+
+    for got, right in zip(gradients(f), gradients(written_out), strict=True):
+        assert (got is None) == (right is None)
+        if right is not None:
+            torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-10)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad of grad": lambda f, x: grad(lambda x: grad(lambda x: (f(x) ** 3).sum())(x).pow(2).sum())(x),
+    "grad of grad of grad": lambda f, x: grad(
+        lambda x: grad(lambda x: grad(lambda x: (f(x) ** 3).sum())(x).pow(2).sum())(x).sum()
+    )(x),
+    "vmap of grad of grad": lambda f, x: vmap(grad(lambda x: grad(lambda x: (f(x) ** 3).sum())(x).pow(2).sum()))(x),
+    "hessian": lambda f, x: hessian(lambda x: (f(x) ** 2).sum())(x),
+    "jacrev of jacrev": lambda f, x: jacrev(jacrev(lambda x: (f(x) ** 2).sum()))(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_func(f: Callable[[Tensor], Tensor], transform: str) -> None:
+    x = torch.randn(2, 3, dtype=torch.double)
+    got, right = (TRANSFORMS[transform](function, x) for function in (f, written_out))
+    torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-10)
+    if transform in ("grad of grad", "jacrev of jacrev"):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: TRANSFORMS[transform](f, x), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), right, rtol=1e-9, atol=1e-10)
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("form", ["expanded", "transposed", "0-d", "empty", "bfloat16"])
+def test_forms_of_tensors(f: Callable[[Tensor], Tensor], form: str) -> None:
+    x = {
+        "expanded": torch.randn(5, dtype=torch.double).expand(4, 5),
+        "transposed": torch.randn(5, 4, dtype=torch.double).t(),
+        "0-d": torch.randn((), dtype=torch.double),
+        "empty": torch.randn(0, 4, dtype=torch.double),
+        "bfloat16": torch.randn(4, 5).bfloat16(),
+    }[form].requires_grad_()
+    first = [torch.autograd.grad(function(x).sum(), x, create_graph=True)[0] for function in (f, written_out)]
+    got, right = (torch.autograd.grad(g.square().sum(), x)[0] for g in first)
+    assert got.dtype == x.dtype and got.shape == x.shape
+    tolerance = 0.05 if form == "bfloat16" else 1e-10  # the written-out chain rounds on every step
+    torch.testing.assert_close(got, right, rtol=tolerance, atol=tolerance)
+
+
+def test_opcheck(name: str) -> None:
+    v, gy, x = (t.requires_grad_() for t in torch.randn(3, 4, 5, dtype=torch.double))
+    for needs in ([True, True], [True, False], [False, True]):
+        arguments = (v, x, [gy], slope(CHAIN), name, needs)
+        torch.library.opcheck(torch.ops.dualop.backward.default, arguments)
+
+
+def test_third_derivative(f: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(4, 5, dtype=torch.double, requires_grad=True)
+    found = []
+    for function in (f, functools.partial(evaluate, dualop.chain(CHAIN), operands=())):
+        y = function(x).sum()
+        for _ in range(3):
+            (g,) = torch.autograd.grad(y, x, create_graph=True)
+            y = g.sum()
+        found.append(g.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
