@@ -1,14 +1,15 @@
 """The model that dualop was born from: Linear, an added vector, swish, tanh, exact GELU, hardtanh.
 
-The written-out model and the same weights with the fused chain behind the Linear, on each backend: outputs and the
-gradients of the input, the weight, the bias and add_value are compared with float64, then forward and a training step
-(forward and all gradients) are timed.
+The written-out model beside dualop.nn.LinearChain with the same weights, on each backend, and with product and chain in
+one Triton kernel: outputs and the gradients of the input, the weight, the bias and add_value are compared with float64,
+then forward and a training step (forward and all gradients) are timed. Then the same times for a Linear with few inputs
+and many outputs, where the chain takes as long as the product.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,16 +20,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dualop
+from dualop import gemm
 from dualop.bench import timing
 from dualop.bench.measure import Progress, Row, with_ratios, with_time
 from dualop.bench.workloads import COMPILED, EAGER, FORWARD
 from dualop.cases import DEFAULT_CHAIN, DTYPES
+from dualop.nn import LinearChain
 from dualop.registry import BACKENDS
 
 STEP = "training step"
 LINEAR = "linear alone"
-BATCH, FEATURES = 1024, 8192
-SMALL_BATCH, SMALL_FEATURES = 8, 64  # on the CPU, where kernels run interpreted
+IN_PRODUCT = "triton, in the product"
+
+Size = tuple[int, int, int]  # batch, in_features, out_features
+SIZES: tuple[Size, ...] = ((1024, 8192, 8192), (16384, 1024, 8192))
+SMALL_SIZES: tuple[Size, ...] = ((8, 64, 64),)  # on the CPU, where kernels run interpreted
 
 # Our error may be this many times that of eager (root mean square, and largest): both have the matrix products' error
 # in common, and eager adds one rounding a stage. Float32 sums in another order give a few percent more or less; the
@@ -37,20 +43,33 @@ RMS_FACTOR, MAX_FACTOR = 1.1, 2.0
 
 
 class Model(nn.Module):
-    """swish, tanh, gelu and hardtanh of `linear(x) + add_value`, by torch's functions or by `fused(z, add_value)`."""
+    """swish, tanh, gelu and hardtanh of `linear(x) + add_value`, by torch's functions."""
 
-    def __init__(self, features: int, fused: Callable[..., Tensor] | None = None, **where: Any) -> None:
+    def __init__(self, in_features: int, out_features: int, **where: Any) -> None:
         super().__init__()
-        self.linear = nn.Linear(features, features, **where)
-        self.add_value = nn.Parameter(torch.randn(features, **where))
-        self.fused = fused
+        self.linear = nn.Linear(in_features, out_features, **where)
+        self.add_value = nn.Parameter(torch.randn(out_features, **where))
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.linear(x)
-        if self.fused is not None:
-            return self.fused(z, self.add_value)
-        z = F.silu(z + self.add_value)
+        z = F.silu(self.linear(x) + self.add_value)
         return F.hardtanh(F.gelu(torch.tanh(z)), -1.0, 1.0)
+
+
+class Fused(LinearChain):
+    """The same by dualop, product and chain in one kernel or not."""
+
+    def __init__(self, in_features: int, out_features: int, backend: str, **where: Any) -> None:
+        self.switch = "on" if backend == IN_PRODUCT else "off"
+        name = "triton" if backend == IN_PRODUCT else backend
+        super().__init__(in_features, out_features, DEFAULT_CHAIN, backend=name, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with gemm.switched(self.switch):
+            return super().forward(x)
+
+    def one_kernel(self, x: Tensor) -> bool:
+        with gemm.switched(self.switch):
+            return not gemm.reasons(x, self.linear.weight, (self.linear.bias, self.add_value), self.backend)
 
 
 @dataclass(frozen=True)
@@ -68,9 +87,13 @@ class Agreement:
     interpreted: bool
 
 
-def steps(backends: int, compiled: bool) -> int:
+def sizes(device: torch.device) -> tuple[Size, ...]:
+    return SMALL_SIZES if device.type == "cpu" else SIZES
+
+
+def steps(backends: int, compiled: bool, sizes: int = 1) -> int:
     """How often `run` calls `progress` for each dtype."""
-    return backends + 2 * (backends + 2 + compiled)
+    return backends + sizes * 2 * (backends + 2 + compiled)
 
 
 def run(
@@ -80,60 +103,88 @@ def run(
     agreements: list[Agreement] = []
     rows: list[Row] = []
     for dtype in dtypes:
-        found, timed = _run(backends, dtype, device, compiled, seed, progress)
-        agreements += found
-        rows += timed
+        wrong: set[str] = set()
+        for i, size in enumerate(sizes(device)):
+            torch.manual_seed(seed)
+            models, x, gy = _models(backends, dtype, size, device)
+            if i == 0:
+                found = _compared(models, dtype, size, x, gy, progress)
+                agreements += found
+                wrong = {a.backend for a in found if not a.ok}
+            rows += _timed(models, dtype, size, x, gy, compiled, wrong, progress)
+            del models, x, gy
+            gc.collect()
     return agreements, rows
 
 
-def _run(
-    backends: Sequence[str], dtype: str, device: torch.device, compiled: bool, seed: int, progress: Progress
-) -> tuple[list[Agreement], list[Row]]:
-    small = device.type == "cpu"
-    batch, features = (SMALL_BATCH, SMALL_FEATURES) if small else (BATCH, FEATURES)
-    torch.manual_seed(seed)
+def _models(
+    backends: Sequence[str], dtype: str, size: Size, device: torch.device
+) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
+    """The written-out model and ours with the same weights, x and gy."""
+    batch, ins, outs = size
     where: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
-    written_out = Model(features, **where)
-    op = dualop.chain(DEFAULT_CHAIN)
-    models: dict[str, nn.Module] = {EAGER: written_out}
-    for name in backends:
-        models[name] = Model(features, partial(op, backend=name), **where)
-        models[name].load_state_dict(written_out.state_dict())
-    x, gy = torch.randn(batch, features, **where), torch.randn(batch, features, **where)
+    models: dict[str, nn.Module] = {EAGER: Model(ins, outs, **where)}
+    x, gy = torch.randn(batch, ins, **where), torch.randn(batch, outs, **where)
+    for name in (*backends, *([IN_PRODUCT] if "triton" in backends else [])):
+        ours = Fused(ins, outs, name, **where)
+        ours.load_state_dict(models[EAGER].state_dict())
+        if name != IN_PRODUCT or ours.one_kernel(x):
+            models[name] = ours
+    return models, x, gy
 
-    truth = Model(features, device=device, dtype=torch.float64)
-    truth.load_state_dict(written_out.state_dict())  # the rounded weights, upcast exactly
+
+def _compared(
+    models: dict[str, nn.Module], dtype: str, size: Size, x: Tensor, gy: Tensor, progress: Progress
+) -> list[Agreement]:
+    truth = Model(*size[1:], device=x.device, dtype=torch.float64)
+    truth.load_state_dict(models[EAGER].state_dict())  # the rounded weights, upcast exactly
     exact = _results(truth, x.double(), gy.double())
-    del truth
+    eager = _errors(_results(models[EAGER], x, gy), exact)
     agreements: list[Agreement] = []
-    eager = _errors(_results(written_out, x, gy), exact)
-    for name in backends:
-        progress(f"{dtype}: comparing {name}")
-        agreements += _agreements(name, dtype, _errors(_results(models[name], x, gy), exact), eager, exact)
-    del exact
-    gc.collect()
+    for name, model in models.items():
+        if name != EAGER:
+            if name != IN_PRODUCT:
+                progress(f"{dtype}: comparing {name}")
+            agreements += _agreements(name, dtype, _errors(_results(model, x, gy), exact), eager, exact)
+    return agreements
 
-    wrong = {a.backend for a in agreements if not a.ok}
+
+def _timed(
+    models: dict[str, nn.Module],
+    dtype: str,
+    size: Size,
+    x: Tensor,
+    gy: Tensor,
+    compiled: bool,
+    wrong: set[str],
+    progress: Progress,
+) -> list[Row]:
+    others: dict[str, nn.Module] = {}
     if compiled:
         torch._dynamo.reset()
-        models[COMPILED] = torch.compile(written_out, dynamic=False)
-    models[LINEAR] = written_out.linear
-    common = Row("", FORWARD, f"linear | {op}", dtype, [batch, features])
+        others[COMPILED] = torch.compile(models[EAGER], dynamic=False)
+    others[LINEAR] = models[EAGER].linear
+    common = Row("", FORWARD, f"linear | {dualop.chain(DEFAULT_CHAIN)}", dtype, list(size))
     rows: list[Row] = []
-    with timing.on_stream(device) as stream:
+    with timing.on_stream(x.device) as stream:
         for direction in (FORWARD, STEP):
             times: list[Row] = []
-            for name, model in models.items():
-                row = replace(common, backend=name, direction=direction)
-                row = replace(row, interpreted=name in BACKENDS and BACKENDS[name].interpreted)
+            for name, model in {**models, **others}.items():
+                row = replace(common, backend=name, direction=direction, interpreted=_interpreted(name))
                 if name in wrong:
                     times.append(replace(row, ok=False, note="wrong, see the comparison"))
                     continue
-                progress(f"{dtype} {direction}: {name}")
+                if name != IN_PRODUCT:
+                    progress(f"{dtype} {direction}: {name}")
                 call = partial(_forward, model, x) if direction == FORWARD else partial(_step, model, x, gy)
                 times.append(with_time(row, timing.timed([call], stream)))
             rows += with_ratios(times)
-    return agreements, rows
+    return rows
+
+
+def _interpreted(name: str) -> bool:
+    name = "triton" if name == IN_PRODUCT else name
+    return name in BACKENDS and BACKENDS[name].interpreted
 
 
 @torch.no_grad()
@@ -177,9 +228,7 @@ def _agreements(backend: str, dtype: str, errors: Errors, eager: Errors, exact: 
             and largest <= MAX_FACTOR * eager[name][1] + half_ulp * size.max().item()
         )
         agreements.append(
-            Agreement(
-                backend, dtype, name, rms, eager[name][0], largest, eager[name][1], ok, BACKENDS[backend].interpreted
-            )
+            Agreement(backend, dtype, name, rms, eager[name][0], largest, eager[name][1], ok, _interpreted(backend))
         )
     return agreements
 

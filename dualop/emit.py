@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from torch import nn
 
 import dualop
-from dualop import emit_cuda, emit_triton
+from dualop import emit_cuda, emit_launch, emit_triton
 from dualop.cases import DEFAULT_CHAIN
 from dualop.chains import Chain
 from dualop.chains import chain as make_chain
 from dualop.errors import BackendUnavailable, OperandError, ShapeError
-from dualop.layout import COLUMN, FOLD, FULL
 from dualop.nn import parameter_name, starts_with_add, with_bias
 from dualop.stages import argument_text
 
@@ -33,7 +32,6 @@ DEFAULT_MODEL, DEFAULT_BATCH = "linear:8192x8192", 1024  # with the default chai
 
 Shape = tuple[int, ...]
 BACKENDS = {"cuda": emit_cuda.emitted, "triton": emit_triton.emitted}
-KIND_NAMES = {FULL: "matrix", COLUMN: "vector", 0: "number"}
 
 _HEAD = '''"""@WHAT@: forward and backward in @LANGUAGE@ kernels, as a single file.
 
@@ -51,8 +49,6 @@ _TAIL = '''
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
-KINDS = @KINDS@  # of the tail's inputs: a matrix, a vector along its columns, a number
-
 
 class Tail(torch.autograd.Function):
     """@CHAIN@ on (@INPUTS@), all of one dtype."""
@@ -60,10 +56,9 @@ class Tail(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         z, *operands = inputs = [tensor.contiguous() for tensor in inputs]
-        sizes = {"vector": z.shape[-1], "number": 1}
-        for kind, operand in zip(KINDS[1:], operands):
-            if (operand.dtype, operand.device, operand.numel()) != (z.dtype, z.device, sizes[kind]):
-                raise ValueError(f"a {kind} {operand.dtype} {tuple(operand.shape)} with z {z.dtype} {tuple(z.shape)}")
+        for view, operand in zip(VIEWS[1:], operands):
+            if (operand.dtype, operand.device, operand.numel()) != (z.dtype, z.device, view.size):
+                raise ValueError(f"an operand {operand.dtype} {tuple(operand.shape)} with z {z.dtype} {tuple(z.shape)}")
         ctx.save_for_backward(*inputs)
         return tail_forward(inputs) if z.numel() else torch.empty_like(z)
 
@@ -125,8 +120,10 @@ def emit(
 
     `model` is linear:INxOUT, for nn.Linear(IN, OUT, bias) under the name `linear` and inputs of (batch, IN), or
     input:AxBx..., for the chain alone on inputs of this shape. An operand is a parameter, drawn by torch.randn, with
-    the shape that `shapes` has for it, or (OUT,): a vector along the columns, or a single number such as (1,) or ().
-    Its name is that of dualop.nn. Raises ChainError, ShapeError, OperandError, BackendUnavailable.
+    the shape that `shapes` has for it, or (OUT,): any that broadcasts with (batch, OUT) or AxBx... and varies along
+    neighbouring dimensions, such as a channel (C, 1, 1), a row (B, 1) or a number (). Its name is that of dualop.nn.
+    The file takes any batch, unless an operand has the size of one, and for the rest these sizes only. Raises
+    ChainError, ShapeError, OperandError, BackendUnavailable.
     """
     op, given = make_chain(chain), dict(shapes or {})
     if backend not in BACKENDS:
@@ -135,13 +132,12 @@ def emit(
     if unknown := given.keys() - set(op.operands):
         raise OperandError(f"`{op}` has no operand {', '.join(sorted(unknown))}; it takes {', '.join(op.operands)}")
     every = tuple(tuple(given.get(name, (spec.columns,))) for name in op.operands)
-    for i, (name, shape) in enumerate(zip(op.operands, every, strict=True)):
-        _check(name, shape, spec, [linear, *map(parameter_name, op.operands[:i])])
-    kinds = [0 if math.prod(shape) == 1 else COLUMN for shape in every]
+    for i, name in enumerate(op.operands):
+        _check(name, [linear, *map(parameter_name, op.operands[:i])])
 
     values = [f"self.{parameter_name(name)}" for name in op.operands]
-    tail, z, folded = op, "x", with_bias(op) if spec.linear and bias else None
-    forward = []
+    tail, shape, tensors = op, (batch, spec.columns) if spec.linear else spec.shape, list(every)
+    z, folded, forward = "x", with_bias(op) if spec.linear and bias else None, []
     if spec.linear:
         z = f"self.{linear}(x)" if bias and folded is None else f"x @ self.{linear}.weight.t()"
     if folded is not None and starts_with_add(op, every, (spec.columns,)):
@@ -150,13 +146,10 @@ def emit(
         ]
         values[0] = f"self.{linear}.bias + {values[0]}"
     elif folded is not None:
-        tail, values, kinds = folded, [f"self.{linear}.bias", *values], [COLUMN, *kinds]
+        tail, values, tensors = folded, [f"self.{linear}.bias", *values], [(spec.columns,), *every]
     names = [parameter_name(name) for name in tail.operands]
+    plan = emit_launch.plan(shape, dict(zip(tail.operands, tensors, strict=True)))
 
-    sizes = "rows, cols = z.numel() // z.shape[-1], z.shape[-1]"
-    if COLUMN not in kinds and not spec.linear:
-        sizes = f"cols = min(z.numel(), {FOLD})  # nothing runs along the columns: they may be cut anywhere\n"
-        sizes += "    rows = ceil_div(z.numel(), cols)"
     command = ["dualop", "emit", "--chain", str(op), "--model", model, "--backend", backend]
     command += ["--batch", str(batch)] if spec.linear else []
     command += [] if bias or not spec.linear else ["--no-bias"]
@@ -167,14 +160,13 @@ def emit(
         "@LANGUAGE@": {"cuda": "CUDA", "triton": "Triton"}[backend],
         "@VERSION@": dualop.__version__,
         "@COMMAND@": shlex.join(command),
-        "@KINDS@": repr(tuple(KIND_NAMES[kind] for kind in (FULL, *kinds))).replace("'", '"'),
         "@CHAIN@": str(tail),
         "@INPUTS@": ", ".join(("z", *names)),
         "@FORWARD@": _lines([*forward, f"return Tail.apply({', '.join((z, *values))})"]),
         **_constructor(op, spec, every),
         **_inputs(op, spec, every, batch),
     }
-    text = _HEAD + BACKENDS[backend](tail, (FULL, *kinds), sizes) + _TAIL
+    text = _HEAD + BACKENDS[backend](tail, plan) + _TAIL
     for mark, value in filled.items():
         text = text.replace(mark, value)
     return text
@@ -207,16 +199,10 @@ def _model(text: str, linear: str, bias: bool, batch: int) -> Model:
     return Model(tuple(sizes), linear, bias)
 
 
-def _check(operand: str, shape: Shape, model: Model, taken: Sequence[str]) -> None:
-    name, rank = parameter_name(operand), 2 if model.linear else len(model.shape)
+def _check(operand: str, taken: Sequence[str]) -> None:
+    name = parameter_name(operand)
     if keyword.iskeyword(name) or hasattr(nn.Module(), name) or name in taken:
         raise OperandError(f"the operand {operand} cannot be the parameter {name}: write another name into the chain")
-    vector = shape[-1:] == (model.columns,) and math.prod(shape) == model.columns
-    if len(shape) > rank or not (vector or math.prod(shape) == 1):
-        raise OperandError(
-            f"{operand} has the shape {shape}; in an emitted file an operand is a vector along the columns, such as "
-            f"({model.columns},), or a single number, such as (1,)"
-        )
 
 
 def _constructor(chain: Chain, model: Model, shapes: Sequence[Shape]) -> dict[str, str]:
@@ -237,10 +223,8 @@ def _constructor(chain: Chain, model: Model, shapes: Sequence[Shape]) -> dict[st
         body.append(f"self.{model.linear} = nn.Linear(in_features, out_features{bias})")
     for name, shape in zip(names, shapes, strict=True):
         body.append(f"self.{name} = nn.Parameter(torch.randn({name}_shape))")
-        columns = "out_features" if model.linear else str(model.columns)
-        wrong = "numel() != 1" if math.prod(shape) == 1 else f"shape[-1:] != ({columns},)"
         body += [
-            f"if self.{name}.{wrong}:",
+            f"if self.{name}.shape != {shape}:",
             f'    raise ValueError(f"{name}_shape {{{name}_shape}} needs other kernels")',
         ]
     return {"@PARAMETERS@": ", ".join(parameters), "@INIT@": _lines(body) if body else ""}

@@ -2,80 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 
 import torch
 
+from dualop import emit_launch
 from dualop.backends import cuda
 from dualop.chains import Chain
 from dualop.emit_trim import trimmed
-from dualop.layout import COLUMN, FULL
+from dualop.layout import DTYPES
 
-# What Python calls. @...@ is filled in.
-_LAUNCHERS = r"""
-// ==== what Python calls ==============================================================================================
+_CUDA = """namespace dualop { using index_t = @INDEX@; }
+
+@HEADERS@
+
+// ==== the chain ======================================================================================================
 
 namespace dualop {
 
+// @CHAIN@
 @PROBLEM@
-constexpr int kinds[] = {@KINDS@};
-
-// The matrix z and a vector along its columns (COLUMN) or a single number (0) for each operand, all dense.
-static Arguments<TheProblem::inputs> arguments(index_t rows, index_t cols, index_t total, index_t across, index_t steps,
-                                               index_t row_step, const void* const* inputs) {
-    Arguments<TheProblem::inputs> a = {};
-    a.rows = rows, a.cols = cols, a.total = total;
-    a.col_programs = across, a.steps = steps, a.row_step = row_step;
-    for (int i = 0; i < TheProblem::inputs; i++) a.in[i].data = inputs[i], a.in[i].row_stride = cols;
-    return a;
-}
 
 }  // namespace dualop
 
-using namespace dualop;
-
-// Both return 0 or a cudaError_t. vector: accesses of 16 bytes. x, y: threads of a block; across, down: blocks.
-DUALOP_EXPORT int tail_forward(void* stream, index_t vector, index_t x, index_t y, index_t across, index_t down,
-                               index_t steps, index_t rows, index_t cols, index_t total, const void* const* inputs,
-                               void* result) {
-    const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(y)), grid(static_cast<unsigned>(across * down));
-    auto a = arguments(rows, cols, total, across, steps, y * UNROLL, inputs);
-    a.y = result;
-    if (vector) launch(forward_kernel<TheProblem, TheProblem::wide>, grid, block, stream, a);
-    else launch(forward_kernel<TheProblem, 1>, grid, block, stream, a);
-    return last_error();
-}
-
-// gradients and partial sums may be null where nobody wants them.
-DUALOP_EXPORT int tail_backward(void* stream, index_t vector, index_t x, index_t y, index_t across, index_t down,
-                                index_t steps, index_t rows, index_t cols, index_t total, const void* const* inputs,
-                                const void* gy, void* const* gradients, void* const* partials) {
-    const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(y)), grid(static_cast<unsigned>(across * down));
-    auto a = arguments(rows, cols, total, across, steps, y * UNROLL, inputs);
-    a.gy = gy;
-    index_t sums = 0;
-    for (int i = 0; i < TheProblem::inputs; i++) {
-        View& view = a.in[i];
-        view.gradient = kinds[i] == FULL ? gradients[i] : partials[i];
-        view.sum = kinds[i] == FULL ? nullptr : gradients[i];
-        view.kept = view.inner = 1;
-        view.outer = kinds[i] == COLUMN ? down : down * across;
-        view.columns = kinds[i] == COLUMN ? cols : 1;
-        if (view.sum && view.columns > sums) sums = view.columns;
-    }
-    if (vector) launch(backward_kernel<TheProblem, TheProblem::wide>, grid, block, stream, a);
-    else launch(backward_kernel<TheProblem, 1>, grid, block, stream, a);
-    if (int error = last_error()) return error;
-    if (sums == 0) return 0;
-    const dim3 sum_grid(static_cast<unsigned>((sums + SUM_X - 1) / SUM_X), TheProblem::inputs);
-    launch(sum_kernel<TheProblem>, sum_grid, dim3(SUM_X, SUM_Y), stream, a);
-    return last_error();
-}
+DUALOP_LIBRARY(dualop::TheProblem)
 """
 
 _PYTHON = '''import ctypes
 import functools
 import hashlib
+import math
+import struct
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -83,16 +41,21 @@ from torch.utils.cpp_extension import load_inline
 
 CUDA = r"""
 @SOURCE@"""
+@LAUNCH@
 
-C_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "double"}
-THREADS, UNROLL = @THREADS@, @UNROLL@  # of a block; rows that a thread works on at once: as in the kernels
-BLOCKS_PER_SM = @BLOCKS@  # in backward, so that few partial sums are left to add up
+# ---- the kernels, compiled and launched ------------------------------------------------------------------------------
+
+# Of a dtype: its name in C++, and the templates' parameters in forward and backward.
+COMPILED = {
+@COMPILED@
+}
 
 
 @functools.lru_cache(maxsize=None)
 def library(dtype):
     """The kernels for tensors of one dtype, compiled at the first call."""
-    source = f"#define DTYPE {C_TYPES[dtype]}\\n{CUDA}"
+    names = zip(("DTYPE", "FORWARD_CUT", "BACKWARD_CUT"), COMPILED[dtype])
+    source = "".join(f"#define {name} {value}\\n" for name, value in names) + CUDA
     path = load_inline(
         "dualop_" + hashlib.sha256(source.encode()).hexdigest()[:16],
         cpp_sources=[""],
@@ -102,106 +65,124 @@ def library(dtype):
         no_implicit_headers=True,
         is_python_module=False,
     )
-    return ctypes.CDLL(path)
+    loaded = ctypes.CDLL(path)
+    loaded.dualop_error_text.restype = ctypes.c_char_p
+    return loaded
 
 
-def ceil_div(a, b):
-    return -(-a // b)
+@functools.lru_cache(maxsize=None)
+def cut(layout, backward, vector, sms):
+    """The grid, and how many blocks and threads along x, y and z."""
+    width = 16 // layout.dtype.itemsize if vector else 1
+    cut = (BACKWARD if backward else FORWARD)[layout.dtype]
+    x = min(cut.across, power_of_two(ceil_div(layout.cols, width)))
+    y = cut.threads // x
+    tile = (y * cut.rows, x * width)
+    grid = backward_grid(layout, *tile, sms, cut) if backward else forward_grid(layout, *tile)
+    return grid, (*grid.axes, x, y)
 
 
-def cut(rows, cols, width, most_blocks):
-    """Threads of a block (x, y), blocks (across, down), and the tiles (steps) that a block makes, one below the other.
-
-    A tile has y * UNROLL rows and x * width columns.
-    """
-    x = min(THREADS, 1 << (ceil_div(cols, width) - 1).bit_length())
-    y = THREADS // x
-    across, tiles = ceil_div(cols, x * width), ceil_div(rows, y * UNROLL)
-    steps = ceil_div(tiles, max(1, min(tiles, ceil_div(most_blocks, across))))
-    return x, y, across, ceil_div(tiles, steps), steps
+def aligned(layout, tensors):
+    """Whether all accesses can be of 16 bytes: all rows start at such addresses."""
+    wide = 16 // layout.dtype.itemsize
+    if layout.cols % wide or layout.total % wide or any(tensor.data_ptr() % 16 for tensor in tensors):
+        return False
+    return all(view.row_stride % wide == 0 for view in layout.views if view.kind & FULL == FULL)
 
 
-def shape_of(z):
-    """z as rows and columns."""
-    @SHAPE@
-    return rows, cols
-
-
-def vector_width(cols, tensors):
-    """Elements of one access: 16 bytes of them where all rows start at such addresses, else one."""
-    wide = 16 // tensors[0].element_size()
-    return wide if cols % wide == 0 and all(t.data_ptr() % 16 == 0 for t in tensors) else 1
-
-
-def launch(launcher, z, width, x, y, across, down, steps, *pointers):
-    rows, cols = shape_of(z)
-    numbers = (width > 1, x, y, across, down, steps, rows, cols, z.numel())
-    with torch.cuda.device(z.device):
-        stream = ctypes.c_void_p(torch.cuda.current_stream(z.device).cuda_stream)
-        error = launcher(stream, *map(ctypes.c_longlong, numbers), *pointers)
+def launch(name, layout, grid, blocks, vector, device, y, gy, inputs):
+    """As the struct Launch above has it, in words of 8 bytes."""
+    kernels = library(layout.dtype)
+    with torch.cuda.device(device):
+        head = (vector, *blocks, torch.cuda.current_stream(device).cuda_stream, layout.cols, layout.total)
+        walk = (grid.steps, grid.row_step, grid.col_step, y, gy)
+        error = getattr(kernels, name)(struct.pack(f"={14 + len(inputs)}q", *head, *walk, *inputs))
     if error:
-        raise RuntimeError(f"the kernel could not be launched: CUDA error {error}")
+        raise RuntimeError(f"the kernel could not be launched: {kernels.dualop_error_text(error).decode()}")
+
+
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def address(tensor):
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def addresses(tensors):
-    return (ctypes.c_void_p * len(tensors))(*map(address, tensors))
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def tail_forward(inputs):
     z = inputs[0]
-    result = torch.empty_like(z)
-    rows, cols = shape_of(z)
-    width = vector_width(cols, [*inputs, result])
-    geometry = cut(rows, cols, width, most_blocks=rows * cols)
-    launch(library(z.dtype).tail_forward, z, width, *geometry, addresses(inputs), address(result))
+    layout, result = layout_of(z.shape, z.dtype), torch.empty_like(z)
+    vector = aligned(layout, [*inputs, result])
+    words = []
+    for view, tensor in zip(layout.views, inputs):
+        words += (tensor.data_ptr(), view.div, view.mod, view.row_stride, 0, 0, 0, 0, 0, 0, 0)
+    grid, blocks = cut(layout, False, vector, multiprocessors(z.device))
+    launch("dualop_forward", layout, grid, blocks, vector, z.device, result.data_ptr(), 0, words)
     return result
 
 
 def tail_backward(gy, inputs, needs):
     """The gradients of those inputs that `needs` is true for, None for the others."""
     z = inputs[0]
-    rows, cols = shape_of(z)
-    width = vector_width(cols, [*inputs, gy])
-    sms = torch.cuda.get_device_properties(z.device).multi_processor_count
-    geometry = cut(rows, cols, width, most_blocks=BLOCKS_PER_SM * sms)
-    _, _, across, down, _ = geometry
+    layout = layout_of(z.shape, z.dtype)
+    vector = aligned(layout, [*inputs, gy])
+    grid, blocks = cut(layout, True, vector, multiprocessors(z.device))
     gradients = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs)]
-    # A block leaves one sum for each of its columns, or a single one for an operand that is a number.
-    sums = {"matrix": 0, "vector": down * cols, "number": down * across}
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    partials = [
-        torch.empty(sums[kind], dtype=wide, device=z.device) if need and sums[kind] else None
-        for kind, need in zip(KINDS, needs)
-    ]
-    pointers = (addresses(inputs), address(gy), addresses(gradients), addresses(partials))
-    launch(library(z.dtype).tail_backward, z, width, *geometry, *pointers)
+    words, partials = [], []
+    for view, tensor, gradient in zip(layout.views, inputs, gradients):
+        # Where elements share an operand's element, each block leaves a partial sum, and a second kernel adds them up.
+        shape = view.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs)
+        summed = gradient is not None and view.reduced
+        partials.append(torch.empty(math.prod(shape), dtype=wide, device=z.device) if summed else gradient)
+        place = (tensor.data_ptr(), view.div, view.mod, view.row_stride, 0)
+        words += (*place, address(partials[-1]), address(gradient) if summed else 0, *shape)
+    launch("dualop_backward", layout, grid, blocks, vector, z.device, 0, gy.data_ptr(), words)
     return gradients
 '''
 
-_KIND = {FULL: "FULL", COLUMN: "COLUMN", 0: "0"}
+
+# The problem's type in cuda.source: the cuts of the two kernels, then the dtype.
+_CUTS = re.compile(r"(Cut<[^<>]*>), (Cut<[^<>]*>), (?=\w)")
 
 
-def emitted(chain: Chain, kinds: Sequence[int], shape: str) -> str:
-    """The part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`.
-
-    `kinds` are those of z and the chain's operands: FULL, COLUMN or 0. `shape` is Python that sets `rows` and `cols`.
-    """
-    inputs = tuple((torch.float32, kind) for kind in kinds)
-    source = cuda.source(chain, (torch.float32, inputs), host=False)
-    problem = source[source.index("using TheChain") : source.index("\n}\nDUALOP_LIBRARY")].replace("float", "DTYPE")
-    launchers = _LAUNCHERS.replace("@PROBLEM@", problem).replace("@KINDS@", ", ".join(_KIND[kind] for kind in kinds))
+def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
+    """The part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`."""
+    compiled = [f"    {dtype}: {_compiled(chain, plan, dtype)!r},".replace("'", '"') for dtype in DTYPES]
     filled = {
-        "@SOURCE@": f"{trimmed('kernels.cuh', launchers)}\n{launchers}",
-        "@THREADS@": cuda.THREADS,
-        "@UNROLL@": cuda.UNROLL,
-        "@BLOCKS@": cuda.PROGRAMS_PER_SM,
-        "@SHAPE@": shape,
+        "@SOURCE@": _source(chain, plan),
+        "@LAUNCH@": emit_launch.emitted(plan, cuda.FORWARD, cuda.BACKWARD),
+        "@COMPILED@": "\n".join(compiled),
     }
     text = _PYTHON
     for mark, value in filled.items():
-        text = text.replace(mark, str(value))
+        text = text.replace(mark, value)
+    return text
+
+
+def _problem(chain: Chain, plan: emit_launch.Plan, dtype: torch.dtype) -> str:
+    """The chain and the problem as types."""
+    inputs = tuple((dtype, kind) for kind in plan.kinds)
+    text = cuda.source(chain, (dtype, inputs, plan.view.narrow), host=False)
+    return text[text.index("using TheChain") : text.index("\n}\nDUALOP_LIBRARY")]
+
+
+def _compiled(chain: Chain, plan: emit_launch.Plan, dtype: torch.dtype) -> tuple[str, ...]:
+    cuts = _CUTS.search(_problem(chain, plan, dtype))
+    assert cuts is not None
+    return cuda.C_TYPES[dtype], *cuts.groups()
+
+
+def _source(chain: Chain, plan: emit_launch.Plan) -> str:
+    """The kernels in any dtype: DTYPE, FORWARD_CUT and BACKWARD_CUT are defined in front of them."""
+    problem = _CUTS.sub("FORWARD_CUT, BACKWARD_CUT, ", _problem(chain, plan, torch.float32))
+    filled = {
+        "@INDEX@": "int" if plan.view.narrow else "long long",
+        "@HEADERS@": trimmed("library.cuh", problem),
+        "@CHAIN@": str(chain),
+        "@PROBLEM@": re.sub(r"\bfloat\b", "DTYPE", problem),
+    }
+    text = _CUDA
+    for mark, value in filled.items():
+        text = text.replace(mark, value)
     return text

@@ -30,7 +30,7 @@ class Item:
 
     @property
     def directive(self) -> bool:
-        return bool(self.lines) and self.lines[0].startswith("#")
+        return next((line for line in self.lines if not line.startswith("//")), "").startswith("#")
 
 
 def items(header: str) -> Iterator[Item]:
@@ -81,7 +81,7 @@ def trimmed(header: str, roots: str) -> str:
             for name in item.names:
                 every.setdefault((item.namespace, name), []).append(item)
     kept: set[int] = set()
-    todo = [Item("dualop", roots.splitlines())]
+    todo = [Item("dualop", roots.splitlines()), *(i for _, _, found in parsed for i in found if i.directive)]
     while todo:
         item = todo.pop()
         for space, name in _mentioned(item):

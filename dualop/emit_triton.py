@@ -12,126 +12,105 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from dualop import emit_launch
 from dualop.backends import triton
 from dualop.chains import Chain
-from dualop.layout import COLUMN, FULL
 from dualop.sources import folder
 
-_PYTHON = '''import torch
+_PYTHON = '''import functools
+import math
+from typing import NamedTuple
+
+import torch
 import torch.nn as nn
 import triton
 import triton.language as tl
-@LIBDEVICE@
+@IMPORTS@
 @SOURCE@
+@LAUNCH@
+
+# ---- the kernels launched --------------------------------------------------------------------------------------------
 
 BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # significant ones of a result
-WARPS, UNROLL = @WARPS@, @UNROLL@  # of a program; 16-byte accesses of a thread in a tile
-PROGRAMS_PER_SM = @PROGRAMS@  # in backward, so that few partial sums are left to add up
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
-def ceil_div(a, b):
-    return -(-a // b)
+@COPIED@
 
 
-def power_of_two(n):
-    """The smallest one that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def shape_of(z):
-    """z as rows and columns."""
-    @SHAPE@
-    return rows, cols
+def options(threads, resident=1):
+    limit = {"maxnreg": 65536 // (256 * resident)} if resident > 1 else {}
+    return {"num_warps": threads // 32, "enable_fp_fusion": True, **limit}
 
 
-def cut(z, most_programs):
-    """Rows and columns of a tile, programs (across, down), and the tiles (steps) of a program, one below the other."""
-    rows, cols = shape_of(z)
-    elements = WARPS * 32 * (16 // z.element_size())
-    tile_cols = min(power_of_two(cols), elements)
-    tile_rows = UNROLL * elements // tile_cols
-    across, tiles = ceil_div(cols, tile_cols), ceil_div(rows, tile_rows)
-    steps = ceil_div(tiles, max(1, min(tiles, ceil_div(most_programs, across))))
-    return tile_rows, tile_cols, across, ceil_div(tiles, steps), steps
+def launch(kernel, layout, grid, cut, pointers, inputs, **constants):
+    views = []
+    for view, tensor in zip(layout.views, inputs):
+        views += (tensor, view.div, view.mod, view.row_stride, 0)
+    shape = (layout.rows, layout.cols, layout.total)
+    walk = (grid.steps, grid.row_step, grid.col_step)
+    with torch.cuda.device(inputs[0].device):
+        kernel[grid.axes](
+            *pointers, *views, *shape, *walk, **constants,
+            MASK=mask(layout, grid), NARROW=@NARROW@, BLOCK_ROWS=grid.tile_rows, BLOCK_COLS=grid.tile_cols,
+            **options(cut.threads, cut.resident),
+        )
 
 
-def arguments(inputs, tile_rows, tile_cols, across, steps):
-    """What both kernels take. The inputs are dense: z in rows, the others a vector along its columns or one number."""
-    rows, cols = shape_of(inputs[0])
-    total = inputs[0].numel()
-    return {
-        @ARGUMENTS@
-    }
+def launch_sum(partial, out, shape, early):
+    """Adds up the programs' partial sums, [outer, kept, inner, columns], over outer and inner."""
+    outer, kept, inner, columns = shape
+    block_out = min(power_of_two(kept * columns), 32)
+    sizes = {"BLOCK_TERMS": min(power_of_two(outer * inner), 1024 // block_out), "BLOCK_OUT": block_out}
+    constants = {"COLUMNS": kept == inner == 1, "EARLY": early, **sizes}
+    more = {"launch_pdl": True} if early else {}
+    with torch.cuda.device(out.device):
+        sum_kernel[(ceil_div(kept * columns, block_out),)](
+            partial, out, outer, kept, inner, columns, **constants, **options(128), **more
+        )
 
 
 def tail_forward(inputs):
     z = inputs[0]
-    result = torch.empty_like(z)
-    tile_rows, tile_cols, across, down, steps = cut(z, most_programs=z.numel())
-    with torch.cuda.device(z.device):
-        forward_kernel[(across * down,)](
-            result, **arguments(inputs, tile_rows, tile_cols, across, steps), BITS=BITS[z.dtype], **OPTIONS
-        )
+    layout, result = layout_of(z.shape, z.dtype), torch.empty_like(z)
+    cut = fitted(FORWARD[z.dtype], layout, z.device)
+    grid = forward_grid(layout, *tile(layout, cut))
+    launch(forward_kernel, layout, grid, cut, [result], inputs, BITS=BITS[z.dtype])
     return result
 
 
 def tail_backward(gy, inputs, needs):
     """The gradients of those inputs that `needs` is true for, None for the others."""
     z = inputs[0]
-    cols = shape_of(z)[1]
-    sms = torch.cuda.get_device_properties(z.device).multi_processor_count
-    tile_rows, tile_cols, across, down, steps = cut(z, most_programs=PROGRAMS_PER_SM * sms)
+    layout = layout_of(z.shape, z.dtype)
+    cut = (BACKWARD if any(view.reduced for view in layout.views) else FORWARD)[z.dtype]
+    cut = fitted(cut, layout, z.device)
+    grid = backward_grid(layout, *tile(layout, cut), multiprocessors(z.device), cut)
+    # From compute capability 9.0 on, the sums' kernel is launched while the other one still runs.
+    early = torch.cuda.get_device_properties(z.device).major >= 9
     gradients = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs)]
-    # A program leaves one sum for each of its columns, or a single one for an operand that is a number:
-    # the sums' shape is (terms, outputs), and the gradient sums over the terms.
-    shapes = {"matrix": None, "vector": (down, cols), "number": (down * across, 1)}
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    partials = [
-        torch.empty(shapes[kind], dtype=wide, device=z.device) if need and shapes[kind] else None
-        for kind, need in zip(KINDS, needs)
+    shapes = [view.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs) for view in layout.views]
+    # Where elements share an operand's element, each program leaves a partial sum. What nobody wants is not written; gy
+    # stands in for its address.
+    written = [
+        gy if gradient is None else gradient if not view.reduced else gradient.new_empty(math.prod(shape), dtype=wide)
+        for view, gradient, shape in zip(layout.views, gradients, shapes)
     ]
-    # What nobody wants is not written; gy stands in for its address.
-    written = [p if p is not None else g if g is not None else gy for p, g in zip(partials, gradients)]
-    with torch.cuda.device(z.device):
-        backward_kernel[(across * down,)](
-            gy,
-            *written,
-            **arguments(inputs, tile_rows, tile_cols, across, steps),
-            NEEDS=sum(1 << i for i, need in enumerate(needs) if need),
-            BITS=max(BITS[z.dtype], 11),  # a bfloat16 gradient takes float16's functions
-            **OPTIONS,
-        )
-        for partial, gradient in zip(partials, gradients):
-            if partial is not None:
-                terms, outputs = partial.shape
-                block_out = min(power_of_two(outputs), 32)
-                block_terms = min(power_of_two(terms), 4096 // block_out)
-                sum_kernel[(ceil_div(outputs, block_out),)](
-                    partial, gradient, @SUMS@,
-                    BLOCK_TERMS=block_terms, BLOCK_OUT=block_out, **OPTIONS,
-                )
+    wanted = sum(1 << i for i, need in enumerate(needs) if need)
+    bits = max(BITS[z.dtype], BITS[torch.float16])  # a bfloat16 gradient takes float16's functions
+    constants = {"NEEDS": wanted, "EARLY": early, "STAGES": @STAGES@, "BITS": bits}
+    launch(backward_kernel, layout, grid, cut, [gy, *written], inputs, **constants)
+    for view, partial, gradient, shape in zip(layout.views, written, gradients, shapes):
+        if gradient is not None and view.reduced:
+            launch_sum(partial, gradient, shape, early)
     return gradients
 '''
 
 _MODULES = ("platform", "math", "stages", "tile", "chain")
-# What the kernels' parameters are for dense inputs; {0} is an input's number.
-_VIEW = {"p": "inputs[{0}]", "div": "1", "mod": "1", "stride": "cols", "outer": "0"}
-_SHAPE = {
-    "rows": "rows",
-    "cols": "cols",
-    "total": "total",
-    "col_programs": "across",
-    "program_rows": "tile_rows * steps",
-    "program_cols": "tile_cols",
-    "steps": "steps",
-    "row_step": "tile_rows",
-    "col_step": "0",
-    "FOLDED": "total != rows * cols",
-    "BLOCK_ROWS": "tile_rows",
-    "BLOCK_COLS": "tile_cols",
-}
-_SUMS = {"outer": "terms", "kept": "1", "inner": "1", "columns": "outputs"}
 
 
 @dataclass
@@ -146,44 +125,32 @@ class Function:
 
     @property
     def emitted(self) -> str:
+        if self.module == "tile" and not isinstance(self.tree, ast.FunctionDef):
+            return f"KIND_{self.name}"  # of which Python has its own, plain numbers
         return f"stage_{self.name}" if self.module == "stages" else self.name
 
 
 Key = tuple[str, str]
 
 
-def emitted(chain: Chain, kinds: Sequence[int], shape: str) -> str:
-    """The part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`.
-
-    `kinds` are those of z and the chain's operands: FULL, COLUMN or 0. `shape` is Python that sets `rows` and `cols`.
-    """
-    assert set(kinds) <= {FULL, COLUMN, 0}
+def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
+    """The part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`."""
     texts = {name: (folder("triton_kernels") / f"{name}.py").read_text() for name in _MODULES[:-1]}
-    texts["chain"] = triton.source(chain, kinds)
+    texts["chain"] = triton.source(chain, plan.kinds)
     library = Library(texts)
     source = library.flattened(("chain", "forward_kernel"), ("chain", "backward_kernel"), ("tile", "sum_kernel"))
-    libdevice = "from triton.language.extra.cuda import libdevice\n" if "libdevice." in source else ""
-    forward = library.parameters("chain", "forward_kernel")[1:]
-    sums = library.parameters("tile", "sum_kernel")[2:]
     filled = {
         "@SOURCE@": source,
-        "@LIBDEVICE@": libdevice,
-        "@WARPS@": triton.WARPS,
-        "@UNROLL@": triton.UNROLL,
-        "@PROGRAMS@": triton.PROGRAMS_PER_SM,
-        "@SHAPE@": shape,
-        "@ARGUMENTS@": "\n        ".join(f'"{name}": {_argument(name)},' for name in forward if name != "BITS"),
-        "@SUMS@": ", ".join(f"{name}={_SUMS[name]}" for name in sums if not name.startswith("BLOCK")),
+        "@IMPORTS@": "".join(f"{line}\n" for line in library.imports(source)),
+        "@LAUNCH@": emit_launch.emitted(plan, triton.FORWARD, triton.BACKWARD),
+        "@COPIED@": re.sub(r"\bview\b", "layout", emit_launch.copied(triton._fitted, triton._tile, triton._mask)),
+        "@STAGES@": str(triton.STAGES),
+        "@NARROW@": str(plan.view.narrow),
     }
     text = _PYTHON
     for mark, value in filled.items():
-        text = text.replace(mark, str(value))
+        text = text.replace(mark, value)
     return text
-
-
-def _argument(parameter: str) -> str:
-    match = re.fullmatch(r"([a-z]+)(\d+)", parameter)
-    return _VIEW[match[1]].format(match[2]) if match else _SHAPE[parameter]
 
 
 class Library:
@@ -194,6 +161,7 @@ class Library:
         self.aliases: dict[Key, str] = {}  # platform's names for libdevice's
         self.imported: dict[Key, Key] = {}  # a name in a module -> the module and name that it comes from
         self.modules: dict[Key, str] = {}  # a name in a module that is a module of ours
+        self.outside: dict[str, str] = {}  # a name that comes from Triton's own packages -> which
         for module, text in texts.items():
             for tree in _on_gpu(ast.parse(text).body):
                 self._read(module, tree, text.splitlines())
@@ -206,6 +174,8 @@ class Library:
                     self.modules[module, name] = name
                 elif source in _MODULES:
                     self.imported[module, name] = source, name
+                elif (tree.module or "").startswith("triton."):
+                    self.outside[name] = str(tree.module)
         elif isinstance(tree, ast.Assign) and isinstance(tree.targets[0], ast.Name):
             value = ast.unparse(tree.value)
             if value.startswith("libdevice."):
@@ -221,10 +191,11 @@ class Library:
         text = "\n".join(line[tree.col_offset :] for line in lines[first - 1 : tree.end_lineno])
         self.functions[module, name] = Function(module, name, text, tree, first)
 
-    def parameters(self, module: str, name: str) -> list[str]:
-        tree = self.functions[module, name].tree
-        assert isinstance(tree, ast.FunctionDef)
-        return [argument.arg for argument in tree.args.args]
+    def imports(self, text: str) -> list[str]:
+        """The lines that import what `text` takes from Triton's own packages."""
+        used = sorted(name for name in self.outside if re.search(rf"\b{name}\b", text))
+        places = dict.fromkeys(self.outside[name] for name in used)
+        return [f"from {p} import {', '.join(n for n in used if self.outside[n] == p)}" for p in places]
 
     def flattened(self, *roots: Key) -> str:
         """The text of all functions that the roots lead to, in the order of the modules, with their emitted names."""
@@ -266,20 +237,29 @@ class Library:
         for line, start, end, new in sorted(edits, reverse=True):
             lines[line] = lines[line][:start] + new + lines[line][end:]
         text = "\n".join(lines)
-        return re.sub(rf"^def {function.name}\(", f"def {function.emitted}(", text, count=1, flags=re.MULTILINE), called
+        defined = rf"^(def )?{function.name}(?=\(| =)"
+        return re.sub(defined, rf"\g<1>{function.emitted}", text, count=1, flags=re.MULTILINE), called
 
     def _references(self, function: Function) -> Iterator[tuple[ast.expr, Key]]:
         tree, module = function.tree, function.module
         own = {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
         own |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if (module, node.value.id) in self.modules and node.value.id not in own:
-                    yield node, (self.modules[module, node.value.id], node.attr)
+            if isinstance(node, ast.Attribute):
+                found = self._module(module, node.value, own)
+                if found and (found, node.attr) not in self.modules:
+                    yield node, (found, node.attr)
             elif isinstance(node, ast.Name) and node.id not in own:
                 key = self.imported.get((module, node.id), (module, node.id))
                 if key in self.functions or key in self.aliases:
                     yield node, key
+
+    def _module(self, module: str, named: ast.expr, own: set[str]) -> str | None:
+        """The module of ours that an expression such as `math` or `math.platform` means in `module`."""
+        if isinstance(named, ast.Name):
+            return None if named.id in own else self.modules.get((module, named.id))
+        outer = self._module(module, named.value, own) if isinstance(named, ast.Attribute) else None
+        return self.modules.get((outer, named.attr)) if outer and isinstance(named, ast.Attribute) else None
 
 
 def _on_gpu(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:

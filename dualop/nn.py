@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualop import registry
+from dualop import gemm, registry
 from dualop.chains import MAX_OPERANDS, MAX_STAGES, Chain
 from dualop.chains import chain as make_chain
 from dualop.errors import OperandError
@@ -106,6 +106,7 @@ class LinearChain(ChainLayer):
     The bias is added inside the chain's kernel: the product runs without it. Where the chain starts with an `add` of a
     parameter of shape (out_features,), bias and that parameter have one gradient, which is summed once for both. The
     product keeps its bias where the chain speaks of its own input `x`, which is the Linear's output, bias and all.
+    Otherwise product and chain are one Triton kernel where that is faster, with few in_features: see dualop/gemm.py.
 
     x has shape (..., in_features), the result (..., out_features). Operands are as in ChainLayer, with the shape
     (out_features,) where none is given; one that is called `bias` takes its shape by position. `linear` is the name of
@@ -142,15 +143,25 @@ class LinearChain(ChainLayer):
     def forward(self, x: Tensor, *operands: Tensor, **named: Tensor) -> Tensor:
         linear: Any = self.get_submodule(self.linear_name)
         values = self.operands(*operands, **named)
-        if self.folded is None:
+        if self.folded is None and linear.bias is not None:
             return self.chain(linear(x), *values, backend=self.backend)
+        if not gemm.reasons(x, linear.weight, (*values, *([] if linear.bias is None else [linear.bias])), self.backend):
+            chain, values = self._tail(linear.bias, values)
+            return gemm.run(chain, x, linear.weight, values, self.backend)
         z = F.linear(x, linear.weight)
-        bias = linear.bias.to(z.dtype)  # as autocast does for a Linear
+        # As autocast does for a Linear, the bias takes the dtype of the product.
+        chain, values = self._tail(None if linear.bias is None else linear.bias.to(z.dtype), values)
+        return chain(z, *values, backend=self.backend)
+
+    def _tail(self, bias: Tensor | None, values: tuple[Tensor, ...]) -> tuple[Chain, tuple[Tensor, ...]]:
+        """The chain behind a product without bias, and its operands."""
+        if bias is None or self.folded is None:
+            return self.chain, values
         if self.bias_joins_add and torch.is_grad_enabled():
             # One vector, so that the backward kernel has one to sum up: as two operands they cost it 126 registers in
             # place of 80 (bfloat16, sm_90). With no backward to come they are two, which saves adding them first.
-            return self.chain(z, bias + values[0], *values[1:], backend=self.backend)
-        return self.folded(z, bias, *values, backend=self.backend)
+            return self.chain, (bias + values[0], *values[1:])
+        return self.folded, (bias, *values)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -7,9 +7,13 @@ torch.cuda's stream, device and properties are replaced. test_emit_text.py compi
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import importlib.util
+import inspect
 import re
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
+import dualop
+from dualop.backends import triton
 from dualop.build import Build
 from dualop.emit import emit
+from dualop.layout import ROW, WRAP, layout
+from dualop.nn import with_bias
+from dualop.registry import BACKENDS as BACKENDS_OF_LIBRARY
 from dualop.sources import cuda_header
+from dualop.triton_kernels import tile
 
 LOAD_INLINE = cpp_extension.load_inline
+PACK = struct.pack
+SUM_KERNEL = tile.sum_kernel
 BACKENDS = ("cuda", "triton")
 SMALL = "linear:24x40"
 
@@ -56,7 +68,9 @@ def on_host(cuda: str) -> str:
     return cuda[:start] + cuda_header("platform.cuh", host=True) + cuda[end:]
 
 
-def load_inline_on_host(name: str, cuda_sources: list[str], **options: Any) -> str:
+def load_inline_on_host(name: str, cuda_sources: list[str] | None = None, **options: Any) -> Any:
+    if not cuda_sources:  # the library's own
+        return LOAD_INLINE(name, cuda_sources=cuda_sources, **options)
     assert options["no_implicit_headers"] and not options["is_python_module"]
     with mock.patch.object(cpp_extension, "load_inline", LOAD_INLINE):  # which Build itself calls
         return str(Build("host", on_host(cuda_sources[0]), host=True).build())
@@ -69,8 +83,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device):
         monkeypatch.setattr(cpp_extension, "load_inline", load_inline_on_host)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-        two = SimpleNamespace(multi_processor_count=2)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: two)
+        small = SimpleNamespace(multi_processor_count=2, major=8)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
 
     def load(text: str) -> SimpleNamespace:
         if "load_inline" in text:
@@ -171,12 +185,56 @@ class Alone(nn.Module):
         return F.hardsigmoid(x * F.mish(x))
 
 
+class Channels(nn.Module):
+    """2.21 behind a convolution, and a scalar."""
+
+    def __init__(self, bias_shape, scale_shape, top_shape) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(bias_shape))
+        self.scale = nn.Parameter(torch.randn(scale_shape))
+        self.top = nn.Parameter(torch.randn(top_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.minimum(torch.sigmoid((x + self.bias) * self.scale), self.top)
+
+
+class Rows(nn.Module):
+    """An operand of the rows, one of the columns, a full one."""
+
+    def __init__(self, mean_shape, weight_shape, mask_shape) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.randn(mean_shape))
+        self.weight = nn.Parameter(torch.randn(weight_shape))
+        self.mask = nn.Parameter(torch.randn(mask_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x - self.mean) * self.weight + self.mask
+
+
+class Positions(nn.Module):
+    """A matrix that repeats along the batch."""
+
+    def __init__(self, position_shape) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(position_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x + self.position)
+
+
 OTHERS = {
     "odd": (Odd, "sub(scale) | mul | leaky_relu(0.1) | add(scale)", "linear:9x37",
             dict(bias=False, batch=11, shapes={"mul": ()})),
     "residual": (Residual, "add(shift) | sigmoid | mul(2) | add(x)", SMALL, dict(linear="gemm", batch=3)),
     "folded": (Folded, "swish | mul(weight) | swish", SMALL, dict(batch=5)),
     "alone": (Alone, "mish | mul(x) | hardsigmoid", "input:3x7x500", {}),
+    "channels": (Channels, "add(bias) | mul(scale) | sigmoid | minimum(top)", "input:2x6x5x8",
+                 dict(shapes={"bias": (6, 1, 1), "scale": (6, 1, 1), "top": ()})),
+    "rows": (Rows, "sub(mean) | tanh | mul(weight) | add(mask)", "input:6x24",
+             dict(shapes={"mean": (6, 1), "mask": (6, 24)})),
+    "row of a row": (Positions, "add(position) | gelu", "input:3x5x40", dict(shapes={"position": (5, 1)})),
+    "matrix of a batch": (Positions, "add(position) | gelu", "input:3x2x5x40",
+                          dict(shapes={"position": (2, 1, 40)})),
 }  # fmt: skip
 
 
@@ -189,6 +247,135 @@ def test_other_models(run, name: str, backend: str, device: torch.device) -> Non
         inputs = module.get_init_inputs
         module.get_init_inputs = lambda: [*inputs(), 2.0]
     compare(module, written_out, torch.float32, device)
+
+
+# ---- beside the library ----------------------------------------------------------------------------------------------
+
+VIEW = ("data", "div", "mod", "row_stride", "outer_stride", "gradient", "sum", "outer", "kept", "inner", "columns")
+HEAD = ("vector", "grid_x", "grid_y", "grid_z", "block_x", "block_y", "stream", "cols", "total",
+        "steps", "row_step", "col_step", "y", "gy")  # fmt: skip
+SUMMED = ("outer", "kept", "inner", "columns")
+
+
+def of_cuda(words: tuple[int, ...], kinds: Sequence[int]) -> dict[str, Any]:
+    """A launch's words without addresses and without what the kind of an input leaves out."""
+    views = [dict(zip(VIEW, words[start : start + 11])) for start in range(len(HEAD), len(words), len(VIEW))]
+    head = {k: v for k, v in zip(HEAD, words) if k not in ("stream", "y", "gy")}
+    return head | {"views": [of_view(view, kind) for view, kind in zip(views, kinds, strict=True)]}
+
+
+def of_view(view: dict[str, int], kind: int) -> dict[str, int]:
+    kept = [*(("div", "mod") if kind & WRAP else ()), *(("row_stride",) if kind & ROW else ())]
+    return {k: view[k] for k in (*kept, *(SUMMED if view["sum"] else ()))} | {
+        k: bool(view[k]) for k in ("gradient", "sum")
+    }
+
+
+class Recorder:
+    """Stands in for a Triton kernel: keeps its launches, without addresses, and what views do not use."""
+
+    def __init__(self, kernel: Any, seen: list[Any]) -> None:
+        self.parameters, self.seen = list(inspect.signature(kernel.fn).parameters), seen
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *arguments, **named: self.seen.append(self.kept(arguments, named) | {"grid": grid})
+
+    def kept(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        numbers = {k: v for k, v in zip(self.parameters, arguments) if not isinstance(v, Tensor)}
+        return {k: v for k, v in {**numbers, **named}.items() if k not in UNUSED}
+
+
+UNUSED = [f"{name}{i}" for name in ("div", "mod") for i in range(5)]
+
+
+def launched(backend: str, module: Any, tail: dualop.Chain, inputs: list[Tensor], gy: Tensor) -> tuple[list, list]:
+    """What the file launches in forward and backward, and what the library does."""
+    kinds = [view.kind for view in module.VIEWS]
+    needs = [True] * len(inputs)
+    library = BACKENDS_OF_LIBRARY[backend]
+    ours: list[Any] = []
+    theirs: list[Any] = []
+    for seen, forward, backward in (
+        (ours, lambda: module.tail_forward(inputs), lambda: module.tail_backward(gy, inputs, needs)),
+        (
+            theirs,
+            lambda: library.forward(tail, inputs[0], inputs[1:]),
+            lambda: library.backward(tail, gy, inputs[0], inputs[1:], needs),
+        ),
+    ):
+        with contextlib.ExitStack() as stack:
+            if backend == "cuda":
+                pack = lambda form, *words, seen=seen: seen.append(of_cuda(words, kinds)) or PACK(form, *words)
+                stack.enter_context(mock.patch("struct.pack", pack))
+            else:
+                triton._launch.cache_clear()  # a launch keeps its kernel
+                stack.callback(triton._launch.cache_clear)
+                stack.enter_context(mock.patch.multiple(triton, INTERPRET=False, OPTIONS={"enable_fp_fusion": True}))
+                own = triton._module(tail, tuple(v.kind for v in layout(inputs[0], inputs[1:]).views))
+                for name in ("forward_kernel", "backward_kernel"):
+                    for where in (module, own):
+                        recorder = Recorder(getattr(own, name), seen)
+                        stack.enter_context(mock.patch.object(where, name, recorder))
+                for where in (module, tile):
+                    stack.enter_context(mock.patch.object(where, "sum_kernel", Recorder(SUM_KERNEL, seen)))
+            forward()
+            backward()
+    return ours, theirs
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own properties would be asked")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_it_launches_what_the_library_launches(run, name: str, backend: str, dtype: torch.dtype) -> None:
+    """The same grids, blocks, constants and views; and the results have the same bits."""
+    _, chain, model, options = OTHERS[name]
+    options = options | ({"batch": 70} if model.startswith("linear") else {})
+    module = run(emit(chain, model, backend, **options))
+    tail = with_bias(dualop.chain(chain)) if name == "folded" else dualop.chain(chain)
+    shape = (70, int(model.rpartition("x")[2])) if model.startswith("linear") else module.shape
+    shapes = [
+        options.get("shapes", {}).get(operand, shape[-1:]) if name != "folded" else shape[-1:]
+        for operand in tail.operands
+    ]
+    inputs = [torch.randn(s, dtype=dtype) for s in (shape, *shapes)]
+    gy = torch.randn(shape, dtype=dtype)
+    ours, theirs = launched(backend, module, tail, inputs, gy)
+    assert len(ours) >= 2 and ours == theirs
+    library, needs = BACKENDS_OF_LIBRARY[backend], [True] * len(inputs)
+    assert torch.equal(module.tail_forward(inputs), library.forward(tail, inputs[0], inputs[1:]))
+    expected = library.backward(tail, gy, inputs[0], inputs[1:], needs)
+    assert all(map(torch.equal, module.tail_backward(gy, inputs, needs), expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_any_batch_where_no_operand_is_of_one(run, batch: int, backend: str, device: torch.device) -> None:
+    text = emit("add(bias) | gelu", "input:1x6x5x8", backend, shapes={"bias": (6, 1, 1)})
+    module = run(text)
+    x, bias = torch.randn(batch, 6, 5, 8, device=device), torch.randn(6, 1, 1, device=device)
+    torch.testing.assert_close(module.Tail.apply(x, bias), F.gelu(x + bias))
+    with pytest.raises(ValueError, match=r"does not end in \(6, 5, 8\): it needs other kernels"):
+        module.Tail.apply(torch.randn(2, 6, 8, 5, device=device), bias)
+    fixed = run(emit("add(row) | gelu", "input:4x8", backend, shapes={"row": (4, 1)}))
+    with pytest.raises(ValueError, match=r"does not end in \(4, 8\): it needs other kernels"):
+        fixed.Tail.apply(torch.randn(8, 8, device=device), torch.randn(4, 1, device=device))
+
+
+def test_indexes_are_as_wide_as_the_model_needs(run) -> None:
+    empty = lambda *shape: torch.empty(shape, device="meta")
+    narrow_at = lambda rows: layout(empty(rows, 65536), [empty(65536)]).narrow
+    most = bisect.bisect(range(65536), False, key=lambda rows: not narrow_at(rows)) - 1
+    for backend, mark in (("cuda", "using index_t = {};"), ("triton", "NARROW={}")):
+        wide, narrow = {"cuda": ("long long", "int"), "triton": ("False", "True")}[backend]
+        large = emit("add | gelu", "linear:8x65536", backend, batch=most + 1)
+        assert mark.format(wide) in large and mark.format(narrow) not in large and "too large" not in large
+        small = emit("add | gelu", "linear:8x65536", backend, batch=most)
+        assert mark.format(narrow) in small and mark.format(wide) not in small
+        module = run(small)
+        assert module.layout_of((most, 65536), torch.float32).rows == most
+        with pytest.raises(ValueError, match="too large for 32-bit indexes"):
+            module.layout_of((most + 1, 65536), torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -204,7 +391,7 @@ def test_wanted_gradients_empty_batches_and_refusals(run, backend: str, device: 
         module.ModelNew(24, 40, (1,))
     with pytest.raises(ValueError, match="not the numbers that are compiled"):
         module.ModelNew(24, 40, (40,), 0.5)
-    with pytest.raises(ValueError, match=r"a vector torch.bfloat16 \(40,\) with z torch.float32"):
+    with pytest.raises(ValueError, match=r"an operand torch.bfloat16 \(40,\) with z torch.float32"):
         module.Tail.apply(torch.randn(4, 40, device=device), torch.randn(40, device=device, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="these gradients have no derivative"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)

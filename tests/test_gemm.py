@@ -1,0 +1,243 @@
+"""A chain in a matrix product's epilogue: values and gradients, when it is taken, and that it compiles for sm_90."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_nn import gradients
+from torch import Tensor
+
+import dualop
+from dualop import gemm
+from dualop.backends.reference import evaluate
+from dualop.bench import linear95
+from dualop.errors import BackendUnavailable, ShapeError
+from dualop.nn import LinearChain
+
+CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of several tiles, and in parts as the large one.
+SMALL = gemm.Tile(rows=32, columns=32, depth_bytes=32, group=2)
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[tuple[Any, ...]]:
+    """Takes the kernel wherever it can run; gives what was launched: (chain, x, weight, operands, save)."""
+    monkeypatch.setattr(gemm, "mode", "on")
+    if device.type == "cpu":
+        monkeypatch.setattr(gemm, "TILE", SMALL)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    launches: list[tuple[Any, ...]] = []
+    launch = gemm.launch
+    monkeypatch.setattr(gemm, "launch", lambda *a, **k: launches.append((*a, *k.values())) or launch(*a, **k))
+    yield launches
+    torch.set_float32_matmul_precision(precision)
+
+
+def assert_right(ours: LinearChain, x: Tensor, columns: int) -> None:
+    """Values and gradients: not much further from those of float64 than those of product and chain apart."""
+    gy = torch.randn(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    exact = gradients(copy.deepcopy(ours).double(), x.double(), gy.double())
+    found, again = gradients(ours, x, gy), gradients(ours, x, gy)
+    gemm.mode = "off"
+    apart = gradients(ours, x, gy)
+    gemm.mode = "on"
+    roundings = 2.0**-9 if x.dtype == torch.float32 and x.is_cuda else torch.finfo(x.dtype).eps  # TF32 has 10 bits
+    for name, value in found.items():
+        assert (value.dtype, value.shape, value.stride()) == (x.dtype, apart[name].shape, apart[name].stride()), name
+        assert torch.equal(value, again[name]), f"{name} differs from run to run"
+        off, off_apart = ((t.double() - exact[name]).abs().max() for t in (value, apart[name]))
+        assert off <= 1.5 * off_apart + 4 * roundings * exact[name].abs().max(), name
+
+
+# ---- values and gradients --------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "whole tiles": ((64,), 32, 64),
+    "tails": ((70,), 40, 48),
+    "rows that start anywhere": ((33,), 37, 41),
+    "batches": ((2, 3, 7), 24, 40),
+    "one row": ((1,), 16, 24),
+    "a vector": ((), 16, 24),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape: str, dtype: str, taken, device: torch.device) -> None:
+    lead, ins, outs = SHAPES[shape]
+    ours = LinearChain(ins, outs, CHAIN, backend="triton", device=device, dtype=DTYPES[dtype])
+    x = torch.randn(*lead, ins, device=device, dtype=DTYPES[dtype])
+    assert_right(ours, x, outs)
+    assert [launch[-1] for launch in taken] == [True, True]  # the two with gradients; none when it is off
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), ours.requires_grad_(False)(x))
+    assert len(taken) == 4 and not taken[2][-1] and len(taken[2][3]) == 2  # bias and add are two vectors then
+
+
+OPERANDS = {
+    "of a row": ("mul(scale) | gelu", {"scale": (35, 1)}),
+    "a number": ("mul(scale) | gelu", {"scale": ()}),
+    "full": ("gelu | add(skip)", {"skip": (35, 48)}),
+    "of a batch": ("gelu | add(skip)", {"skip": (5, 1, 1)}),
+    "two": ("mul(scale) | gelu | add(shift)", {"scale": (48,), "shift": (1, 48)}),
+    "its own input": ("sigmoid | mul(x)", {}),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("form", OPERANDS)
+def test_operands(form: str, bias: bool, taken, device: torch.device) -> None:
+    chain, shapes = OPERANDS[form]
+    lead = (5, 7) if form == "of a batch" else (35,)
+    ours = LinearChain(24, 48, chain, bias=bias, backend="triton", device=device, dtype=torch.bfloat16, **shapes)
+    assert_right(ours, torch.randn(*lead, 24, device=device, dtype=torch.bfloat16), 48)
+    assert bool(taken) == (not (form == "its own input" and bias))  # x is the product with its bias
+
+
+def test_a_row_that_is_longer_than_a_folded_one(device: torch.device) -> None:
+    x, weight = torch.randn(1, 16, device=device).half(), torch.randn(8200, 16, device=device).half()
+    scale = torch.randn(1, 8200, device=device).half()
+    chain = dualop.chain("mul(scale) | relu")
+    y, _ = gemm.launch(chain, x, weight, (scale,), save=False, tile=gemm.TILE if x.is_cuda else gemm.Tile(rows=16))
+    exact = evaluate(chain, x.double() @ weight.double().t(), (scale.double(),))
+    torch.testing.assert_close(y.double(), exact, atol=2e-3, rtol=2e-3)
+
+
+def test_the_chain_takes_the_product_before_it_is_rounded(taken, device: torch.device) -> None:
+    x, weight = (torch.randn(n, 64, device=device).bfloat16() for n in (40, 48))
+    chain = dualop.chain("sub(b) | mul(64)")
+    exact = x.double() @ weight.double().t()
+    b = exact[0].bfloat16()
+    y = gemm.run(chain, x, weight, (b,), "triton")
+    expected = evaluate(chain, exact, (b.double(),))
+    torch.testing.assert_close(y.double(), expected, atol=0.02, rtol=2.0**-8)
+    rounded = evaluate(chain, exact.bfloat16().double(), (b.double(),))
+    assert (rounded - expected).abs().max() > 1
+
+
+def test_wanted_gradients_only(taken, device: torch.device) -> None:
+    ours = LinearChain(16, 24, CHAIN, backend="triton", device=device, dtype=torch.bfloat16)
+    x = torch.randn(5, 16, device=device, dtype=torch.bfloat16)
+    ours.linear.weight.requires_grad_(False)
+    ours(x).sum().backward()
+    assert ours.linear.weight.grad is None and ours.linear.bias.grad is not None
+    ours.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    ours(leaf).sum().backward()
+    assert leaf.grad is not None and [launch[-1] for launch in taken] == [True, True]
+
+
+def test_second_derivatives(device: torch.device) -> None:
+    torch.manual_seed(0)
+    ours = LinearChain(16, 24, "add | tanh | gelu", backend="triton", device=device)
+    x = torch.randn(5, 16, device=device, requires_grad=True)
+
+    def second(mode: str) -> list[Tensor]:
+        gemm.mode = mode
+        inputs = [x, *ours.parameters()]
+        first = torch.autograd.grad(ours(x).square().sum(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+
+    tolerance = 2e-2 if x.is_cuda else 1e-4  # TF32
+    for ours_second, apart in zip(second("on"), second("off"), strict=True):
+        torch.testing.assert_close(ours_second, apart, atol=tolerance * apart.abs().max().item(), rtol=tolerance)
+
+
+# ---- when it is taken ------------------------------------------------------------------------------------------------
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    make = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device=device, dtype=dtype)
+    x, weight, b = make(8, 16), make(24, 16), make(24)
+    why = lambda *tensors, backend="triton": "; ".join(gemm.reasons(*tensors, backend))
+    assert why(x, weight, (b,)) == ""
+    assert "the backend is cuda" in why(x, weight, (b,), backend="cuda")
+    assert "not for tensor cores" in why(x.double(), weight.double(), ())
+    assert "differ in dtype" in why(x, weight, (b.float(),))
+    assert "is empty" in why(x[:0], weight, (b,))
+    assert "do not fit" in why(make(8, 17), weight, (b,))
+    assert "does not lie along" in why(x, weight, (make(2, 8, 24),))
+    assert "do not broadcast" in why(x, weight, (make(23),))
+    assert "class of its own" in why(x.as_subclass(type("Own", (Tensor,), {})), weight, (b,))
+    with torch.autocast(device.type, torch.bfloat16):
+        assert "autocast" in why(x, weight, (b,))
+    assert "are to be exact" not in why(x.float(), weight.float(), (b.float(),))
+    torch.set_float32_matmul_precision("highest")
+    assert "are to be exact" in why(x.float(), weight.float(), (b.float(),))
+    seen = []
+    torch.func.vmap(lambda row: seen.append(why(row, weight, (b,))) or row)(x)
+    assert "functorch" in seen[0]
+    monkeypatch.setattr(gemm, "mode", "auto")
+    assert "faster at this size" in why(x, weight, (b,))
+    monkeypatch.setattr(gemm, "mode", "off")
+    assert why(x, weight, (b,)) == "DUALOP_GEMM=off"
+    monkeypatch.setattr(gemm, "mode", "sometimes")
+    with pytest.raises(BackendUnavailable, match="DUALOP_GEMM=sometimes: it may be auto, on or off"):
+        gemm.reasons(x, weight, (b,))
+
+
+def test_a_rule_of_sizes() -> None:
+    assert gemm.pays(16384, 8192, 1024) and not gemm.pays(1024, 8192, 8192) and not gemm.pays(64, 8192, 1024)
+
+
+def test_where_it_is_not_taken_errors_and_results_are_as_ever(taken, device: torch.device) -> None:
+    ours = LinearChain(16, 24, "add", (25,), backend="triton", device=device, dtype=torch.bfloat16)
+    with pytest.raises(ShapeError, match="do not broadcast"):
+        ours(torch.randn(2, 16, device=device, dtype=torch.bfloat16))
+    ours = LinearChain(16, 24, CHAIN, backend="triton", device=device)
+    y = torch.compile(ours, fullgraph=True, backend="aot_eager")(torch.randn(2, 16, device=device))
+    assert y.shape == (2, 24) and not taken
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("value", ["on", "off"])
+def test_the_environment_variable(value: str) -> None:
+    code = "from dualop import gemm; print(gemm.mode)"
+    environment = {**os.environ, "DUALOP_GEMM": value, "PYTHONPATH": str(Path(__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == (
+        f"{value}\n"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes the large sizes there")
+def test_the_benchmark_has_it_beside_the_others(device: torch.device) -> None:
+    agreements, rows = linear95.run(["triton"], ["bfloat16"], device, False, 0, lambda text: None)
+    assert {a.backend for a in agreements} == {"triton", linear95.IN_PRODUCT} and all(a.ok for a in agreements)
+    assert {row.backend for row in rows} == {"eager", "triton", linear95.IN_PRODUCT, linear95.LINEAR}
+    assert all(row.time_us > 0 for row in rows) and gemm.mode == "on"
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("triton", ["installed", "oldest"])
+def test_it_compiles_for_hopper(triton: str, tmp_path: Path) -> None:
+    """With TMA and warp-group products, no spills, and two programs on an SM for 16-bit results."""
+    oldest = os.environ.get("DUALOP_TRITON36", "")
+    if triton == "oldest" and not oldest:
+        pytest.skip("DUALOP_TRITON36 names no folder with triton 3.6")
+    here = Path(__file__).parent
+    places = [*([oldest] if triton == "oldest" else []), str(here.parent), str(here)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DUALOP_INTERPRET")}
+    environment |= {"PYTHONPATH": os.pathsep.join(places), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(here / "compile_gemm.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 5
+    for row in rows:
+        assert row["wgmma"] and bool(row["tensor_copies"]) == row["descriptors"], row
+        if row["dtype"] != "float32" and row["descriptors"]:
+            assert not row["spills"], row
+            assert 2 * (row["shared"] + 1024) <= 228 * 1024, row
+            assert 2 * 32 * row["warps"] * row["registers"] <= 65536, row
