@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dualop.bench.measure import Row
-from dualop.bench.workloads import COPY
+from dualop.bench.workloads import COPY, LAUNCH
 from dualop.registry import BACKENDS
 
 
@@ -46,7 +46,8 @@ def how(device: torch.device) -> str:
     if device.type == "cuda":
         return (
             "Device time by CUDA-graph replay, the median; ± is half the width from the 10th to the 90th percentile. "
-            "copy is a device copy that reads and writes the same bytes."
+            "copy is the fastest of several device copies that read and write the same bytes; empty launch a kernel of "
+            "one thread that does nothing."
         )
     slow = " and ".join(name for name, backend in BACKENDS.items() if backend.interpreted)
     kernels = f" The kernels of {slow} are interpreted: their times say nothing about a GPU." if slow else ""
@@ -58,7 +59,7 @@ def as_json(rows: Sequence[Row], device: torch.device, **more: Any) -> dict[str,
     return {"device": device_info(device), "times": how(device), **more, "rows": [asdict(row) for row in rows]}
 
 
-COLUMNS = ("direction", "backend", "µs", "±", "GB/s", "of copy", "× eager", "× compile", "max ulp", "note")
+COLUMNS = ("direction", "backend", "µs", "±", "GB/s", "of copy", "launches", "× eager", "× compile", "max ulp", "note")
 
 
 def render(rows: Sequence[Row], title: str) -> Table:
@@ -75,7 +76,7 @@ def render(rows: Sequence[Row], title: str) -> Table:
             table.add_section()
         if row.direction == previous:
             cells = ("", *cells[1:])
-        style = "red" if not row.ok else "dim" if row.backend == COPY else None
+        style = "red" if not row.ok else "dim" if row.backend in (COPY, LAUNCH) else None
         table.add_row(*(Text(cells[i]) for i in shown), style=style)
         previous = row.direction
     return table
@@ -90,6 +91,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(half),
         _number(row.gbps),
         "" if row.copy_share is None else f"{row.copy_share:.3f}",
+        "" if row.launches is None else f"{row.launches:.2f}",
         "" if row.vs_eager is None else f"{row.vs_eager:.2f}",
         "" if row.vs_compile is None else f"{row.vs_compile:.2f}",
         "" if row.max_ulp is None else f"{row.max_ulp:.4g}",

@@ -16,7 +16,7 @@ from dualop.cases import DTYPES, OPERAND_FORMS, Case, Sample, sample
 from dualop.chains import Chain
 from dualop.errors import ShapeError
 
-EAGER, COMPILED, COPY = "eager", "torch.compile", "copy"
+EAGER, COMPILED, COPY, LAUNCH = "eager", "torch.compile", "copy", "empty launch"
 FORWARD, BACKWARD = "forward", "backward"
 
 FORMS = ("last", "row", "channel", "scalar", "full")  # of operands, as in OPERAND_FORMS
@@ -38,6 +38,11 @@ class Workload:
         if "channel" in self.operands and len(self.shape) < 2:
             raise ShapeError(f"x of shape {self.shape} has no channel; give it two dimensions or more")
 
+    @property
+    def operand_forms(self) -> list[str]:
+        """The form of each operand."""
+        return [self.operands[i % len(self.operands)] for i in range(len(self.chain.operands))]
+
     def sample(self, seed: int, rows: int | None = None) -> Sample:
         """One set of inputs and a gy; only the first `rows` of x if given."""
         shape = self.shape if rows is None else (min(rows, self.shape[0]), *self.shape[1:])
@@ -46,7 +51,7 @@ class Workload:
         # On the device itself: a random number a nanosecond on the CPU would take longer than all the timing.
         generator = torch.Generator(self.device).manual_seed(seed)
         like: dict[str, Any] = {"dtype": DTYPES[self.dtype], "device": self.device, "generator": generator}
-        forms = [self.operands[i % len(self.operands)] for i in range(len(self.chain.operands))]
+        forms = self.operand_forms
         x, gy, *operands = (torch.randn(s, **like) for s in (shape, shape, *(OPERAND_FORMS[f](shape) for f in forms)))
         return Sample(x, tuple(operands), gy, self.dtype, "bench")
 
@@ -55,19 +60,18 @@ class Workload:
         both read the operands, and backward writes their gradients."""
         size = DTYPES[self.dtype].itemsize
         x = math.prod(self.shape)
-        forms = [self.operands[i % len(self.operands)] for i in range(len(self.chain.operands))]
-        operands = sum(math.prod(OPERAND_FORMS[form](self.shape)) for form in forms)
+        operands = sum(math.prod(OPERAND_FORMS[form](self.shape)) for form in self.operand_forms)
         return size * (2 * x + operands if direction == FORWARD else 3 * x + 2 * operands)
 
 
-def contestants(workload: Workload, backends: list[str], compiled: bool) -> dict[str, Function]:
+def contestants(workload: Workload, backends: list[str], compiled: bool, eager: bool = True) -> dict[str, Function]:
     """Name to function of (x, *operands): torch eager, torch.compile and the backends.
 
     Eager and torch.compile get the chain as a user would write it: torch's functions one after the other on the
     tensors in their own dtype.
     """
     written_out = partial(evaluate_on, workload.chain)
-    functions: dict[str, Function] = {EAGER: written_out}
+    functions: dict[str, Function] = {EAGER: written_out} if eager else {}
     if compiled:
         functions[COMPILED] = torch.compile(written_out, dynamic=False)
     for name in backends:
@@ -98,12 +102,6 @@ def calls(function: Function, direction: str, sets: list[Sample]) -> list[Callab
 @torch.no_grad()
 def _no_grad(function: Function, tensors: tuple[Tensor, ...]) -> Tensor:
     return function(*tensors)
-
-
-def copies(count_bytes: int, sets: int, device: torch.device) -> list[Callable[[], Any]]:
-    """Device copies that read and write `count_bytes` together, each from its own source into new memory."""
-    sources = [torch.ones(max(1, count_bytes // 8), dtype=torch.float32, device=device) for _ in range(sets)]
-    return [source.clone for source in sources]
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

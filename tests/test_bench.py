@@ -11,8 +11,8 @@ from test_cli import run
 from test_cli import wrong as wrong
 
 import dualop
-from dualop.bench import copying, linear95, measure, table, timing, workloads
-from dualop.bench.workloads import BACKWARD, COMPILED, COPY, EAGER, FORWARD, Workload
+from dualop.bench import copying, linear95, measure, suite, table, timing, workloads
+from dualop.bench.workloads import BACKWARD, COMPILED, COPY, EAGER, FORWARD, LAUNCH, Workload
 from dualop.errors import ShapeError
 
 CPU = torch.device("cpu")
@@ -107,6 +107,54 @@ def test_ratios_keep_their_digits_however_small():
     assert measure.with_ratios(rows)[1].vs_eager == pytest.approx(1 / 34567.8, rel=1e-4)
 
 
+def test_an_empty_launch_stands_beside_tiny_tensors_only(monkeypatch):
+    empty = timing.Timing(2.0, 2.0, 2.0, 3, "graph")
+    monkeypatch.setattr(measure, "launch_time", lambda device, stream: empty)
+    rows = measure.measure(workload(), ["reference"], False, 0, quiet, eager=False)
+    assert [row.backend for row in rows] == [LAUNCH, COPY, "reference"] * 2
+    for row in rows:
+        assert row.launches == pytest.approx(row.time_us / 2.0, rel=1e-3) and row.vs_eager is None
+    assert rows[0].time_us == 2.0 and rows[0].copy_share is None
+    assert "launches" in [column.header for column in table.render(rows, "t").columns]
+    monkeypatch.setattr(measure, "TINY_BYTES", 100)
+    assert all(row.launches is None for row in measure.measure(workload(), ["reference"], False, 0, quiet))
+
+
+def test_the_fastest_copy_counts(monkeypatch):
+    """Where a copy to one address is slow, another is taken, and remembered, but timed anew."""
+    gpu, asked = torch.device("cuda"), []
+
+    def timed(calls, stream):
+        (call,) = calls
+        shift = None if call.__name__ == "clone" else call.shift
+        asked.append(shift)
+        took = {None: 398.0, copying.SHIFTS[2]: 257.0}.get(shift, 300.0)
+        return timing.Timing(took, took, took, 3, "graph")
+
+    def copies(count, sets, device, shift=None):
+        call = lambda: None
+        call.__name__, call.shift = "clone" if shift is None else "copy_", shift
+        return [call]
+
+    monkeypatch.setattr(copying, "copies", copies)
+    monkeypatch.setattr(copying.timing, "timed", timed)
+    monkeypatch.setattr(copying, "_fastest", {})
+    result = copying.copy_time(1 << 20, 1, gpu, None)
+    assert result.median_us == 257.0 and "KiB" in result.note
+    assert asked == [*copying.SHIFTS, copying.SHIFTS[2]]
+    asked.clear()
+    assert copying.copy_time(1 << 20, 1, gpu, None).median_us == 257.0 and asked == [copying.SHIFTS[2]]
+
+
+@pytest.mark.parametrize("shift", copying.SHIFTS)
+def test_a_shifted_copy_copies(shift):
+    (copy,) = copying.copies(4096, 1, CPU, shift)
+    made = copy()
+    assert 2 * made.nbytes == 4096 and (made == 1).all()
+    if shift is not None:
+        assert shift % 16 == 0 and made.storage_offset() * 4 == shift
+
+
 def test_what_is_wrong_is_not_timed(wrong):
     rows = measure.measure(workload(), [wrong], False, 0, quiet)
     forward, backward = (row for row in rows if row.backend == wrong)
@@ -139,13 +187,50 @@ def test_the_command_writes_rows(tmp_path, device):
         for dtype in ("float32", "bfloat16")
         for direction in (FORWARD, BACKWARD)
     }
-    assert {row["backend"] for row in found["rows"]} == {COPY, EAGER, "cuda", "triton", "reference"}
+    launch = {LAUNCH} if device.type == "cuda" else set()
+    assert {row["backend"] for row in found["rows"]} == {COPY, EAGER, "cuda", "triton", "reference"} | launch
     interpreted = {row["backend"] for row in found["rows"] if row["interpreted"]}
     if device.type == "cpu":
         assert interpreted == {"cuda", "triton"}
         assert "wall clock on the CPU" in found["times"] and "interpreted" in result.output
     else:
         assert not interpreted and all(row["method"] == "graph" for row in found["rows"])
+
+
+def test_the_suite_is_a_line_for_each_chain_and_dtype(tmp_path, device, monkeypatch):
+    entries = (("add | gelu", suite.LARGE, "last"), ("add | gelu", suite.LARGE, "full"), ("relu", suite.NCHW, "last"))
+    monkeypatch.setitem(suite.SUITE, "chains", entries)
+    file = tmp_path / "suite.json"
+    result = run("bench", "--suite", "chains", "--backend", "cuda,triton", "--dtype", "bf16,fp32", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith(("│ add | gelu", "│ relu"))]
+    assert len(lines) == 6 and sum("full" in line for line in lines) == 2
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["backend"] for row in rows} - {LAUNCH} == {COPY, "cuda", "triton"} and all(row["ok"] for row in rows)
+    shown = [cell.strip() for cell in lines[0].split("│")]
+    times = {
+        (r["backend"], r["direction"]): r["time_us"]
+        for r in rows
+        if r["dtype"] == "bfloat16" and r["operands"] == "last"
+    }
+    assert float(shown[7]) == pytest.approx(times["cuda", FORWARD] / times[COPY, FORWARD], rel=2e-3)
+    assert float(shown[10]) == pytest.approx(times["triton", BACKWARD] / times[COPY, BACKWARD], rel=2e-3)
+
+
+def test_the_suite_covers_every_stage_and_its_parts_are_named():
+    stages = {text for text, _, _ in suite.SUITE["stages"]}
+    assert {stage.example for stage in dualop.stages.STAGES.values()} <= stages
+    assert {"add | gelu", "add | mish", "add | softplus | tanh"} <= {text for text, _, _ in suite.SUITE["chains"]}
+    every = [entry for part in suite.SUITE.values() for entry in part]
+    assert len(set(every)) == len(every) and {form for _, _, form in every} >= {"last", "channel", "full"}
+    assert {shape for _, shape, _ in every} == set(suite.SMALL)  # each has a size for the CPU
+    assert run("bench", "--suite", "nothing").exit_code == 2
+
+
+def test_a_wrong_result_is_wrong_in_the_suite(wrong, monkeypatch):
+    monkeypatch.setitem(suite.SUITE, "chains", (("relu", suite.LARGE, "last"),))
+    result = run("bench", "--suite", "chains", "--backend", wrong, "--dtype", "float32")
+    assert result.exit_code == 1 and "WRONG" in result.output
 
 
 def test_columns_without_a_value_are_left_out():

@@ -64,7 +64,9 @@ def wrong(monkeypatch):
     return "wrong"
 
 
-@pytest.mark.parametrize("command", [[], ["bench"], ["check"], ["doctor"], ["emit"], ["show"], ["stages"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["bench"], ["check"], ["doctor"], ["emit"], ["show"], ["stages"], ["verify"]], ids=str
+)
 def test_help_is_quick_and_does_not_import_torch(command):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = process("-c", HELP, *command, "--help")

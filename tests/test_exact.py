@@ -89,7 +89,18 @@ def test_every_stage_is_defined_here():
 
 
 @pytest.mark.parametrize("text", DEFINED)
-def test_float64_is_as_good_as_exact(text, device):
+def test_float64_is_as_good_as_exact(text):
+    check(text, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", DEFINED)
+def test_float64_of_a_gpu_is_as_good(text):
+    """The GPU's functions are others, and have other constants in float32."""
+    check(text, "cuda")
+
+
+def check(text, device):
     points = [sign * size for size in SIZES for sign in (1, -1)]
     with mp.workdps(DIGITS):
         right = [DEFINED[text](mp.mpf(p)) for p in points]

@@ -299,6 +299,17 @@ def test_kernels_on_all_16_bits(device, tmp_path, monkeypatch):
     assert "all ok" in result.output
 
 
+@pytest.mark.gpu
+def test_the_default_chain_on_the_gpu():
+    """16 bits within their limits and eager's error; all of float32 in seconds, without NaN and infinities."""
+    gpu = torch.device("cuda")
+    rows = verify(dualop.chain(DEFAULT_CHAIN), ["bfloat16", "float16", "float32"], ["cuda", "triton"], gpu)
+    assert len(rows) == 12 and not any(row.sampled or row.interpreted for row in rows)
+    assert [row.inputs for row in rows] == [2**16] * 8 + [2**32] * 4
+    assert all(row.ok for row in rows[:8]), [(row, row.problem) for row in rows[:8] if not row.ok]
+    assert all(row.max_ulp < 100 and row.unjudged == 0 for row in rows[8:]), rows[8:]
+
+
 def test_the_command_says_that_float32_is_sampled(monkeypatch):
     monkeypatch.setitem(BACKENDS, "right", Right())
     result = run("verify", "tanh", "--backend", "right", "--dtype", "float32", "--stride", "65536")

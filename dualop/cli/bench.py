@@ -19,6 +19,10 @@ def bench(
         str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
     ] = "last",
     problem: Annotated[str, typer.Option(help="linear95: the whole model, nn.Linear and the chain behind it.")] = "",
+    suite: Annotated[
+        str,
+        typer.Option(metavar="PARTS", help="Many chains in one table: stages, chains, shapes, with commas, or all."),
+    ] = "",
     host: Annotated[bool, typer.Option("--host", help="What a call costs the host, on tiny tensors.")] = False,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
@@ -28,11 +32,15 @@ def bench(
     device = options.device()
     import dualop
     from dualop.bench import linear95, measure, table, workloads
+    from dualop.bench import suite as suites
 
     if problem not in ("", "linear95"):
         raise typer.BadParameter(f"{problem!r} is not known; there is linear95", param_hint="--problem")
     if operand not in workloads.FORMS:
         raise typer.BadParameter(f"{operand!r} is none of {', '.join(workloads.FORMS)}", param_hint="--operand")
+    parts = list(suites.SUITE) if suite == "all" else [name.strip() for name in suite.split(",") if suite]
+    if unknown := [name for name in parts if name not in suites.SUITE]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(suites.SUITE)}, all", param_hint="--suite")
     op, dtypes = dualop.chain(DEFAULT_CHAIN if problem else chain), options.dtypes(dtype)
     names, unavailable = options.backends(backend, op, device)
     out = output.console()
@@ -50,7 +58,15 @@ def bench(
     out.print(table.how(device), markup=False)
     rows: list[measure.Row] = []
     compiled = not no_compile
-    if problem:
+    if parts:
+        names = [name for name in names if name != "reference" or backend != "all"]
+        todo = suites.works(parts, dtypes, device)
+        with output.bars(out) as bar:
+            suites.prepare(todo, names, bar("compiling"))
+        with output.steps(out, suites.steps(len(todo), len(names))) as progress:
+            rows = suites.run(todo, names, seed, progress)
+        out.print(suites.render(rows))
+    elif problem:
         total = len(dtypes) * linear95.steps(len(names), compiled, len(linear95.sizes(device)))
         with output.steps(out, total) as progress:
             agreements, rows = linear95.run(names, dtypes, device, compiled, seed, progress)
@@ -64,7 +80,7 @@ def bench(
             for work in works:
                 rows += measure.measure(work, names, compiled, seed, progress)
     groups: dict[tuple[str, str], list[measure.Row]] = {}
-    for row in rows:
+    for row in rows if not parts else ():
         groups.setdefault(("x".join(map(str, row.shape)), row.dtype), []).append(row)
     for (size_text, name), group in groups.items():
         out.print(table.render(group, f"{group[0].chain}   {size_text}   {name}"))

@@ -21,9 +21,7 @@ def emit(
     batch: Annotated[int, typer.Option(help="Rows of the Linear's input.")] = 1024,
     operand: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=SHAPE", help="8192, 16x1x1 (a channel), 128x1 (a row) or scalar. [default: (OUT,)]"
-        ),
+        typer.Option(metavar="NAME=SHAPE", help="8192, 16x1x1 (a channel), 128x1 (a row) or scalar. [default: (OUT,)]"),
     ] = None,
     linear: Annotated[str, typer.Option(help="Name of the Linear in the model.")] = "matmul",
     no_bias: Annotated[bool, typer.Option("--no-bias", help="The Linear has no bias.")] = False,

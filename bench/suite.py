@@ -1,0 +1,151 @@
+"""`dualop bench --suite`: many chains in one table, a line for each chain and dtype, against the copy's speed.
+
+Names of its parts: `stages` (each by itself), `chains`, `shapes` (small ones, channels, a residual). Every kernel is
+compiled before the first is timed, in as many processes as there are cores. Results are checked on the first rows only;
+`dualop check` and `dualop verify` do that thoroughly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+import dualop
+from dualop import check
+from dualop.bench import measure
+from dualop.bench.workloads import BACKWARD, COPY, FORWARD, LAUNCH, Workload
+from dualop.cases import DEFAULT_CHAIN
+from dualop.errors import BuildError
+from dualop.stages import STAGES
+
+GOAL = 1.1  # times the copy's time
+CHECKED = 1 << 21  # elements of x
+MOST_PROCESSES = 8  # that compile Triton kernels: each has a CUDA context and one workload's tensors
+
+LARGE, NCHW = (16384, 8192), (64, 256, 56, 56)
+SMALL = {LARGE: (8, 64), NCHW: (2, 3, 4, 5), (1024, 8192): (4, 32), (128, 512): (2, 16)}  # on the CPU
+
+Entry = tuple[str, tuple[int, ...], str]  # chain, shape of x, form of the operands
+SUITE: dict[str, tuple[Entry, ...]] = {
+    "stages": (
+        *((stage.example, LARGE, "last") for stage in STAGES.values()),
+        ('gelu(approximate="tanh")', LARGE, "last"),
+    ),
+    "chains": (
+        (DEFAULT_CHAIN, LARGE, "last"),
+        ("add | gelu", LARGE, "last"),
+        ("add | mish", LARGE, "last"),
+        ("add | softplus | tanh", LARGE, "last"),
+        ("add | silu | mul(scale)", LARGE, "last"),
+        ("sigmoid | mul(x)", LARGE, "last"),
+    ),
+    "shapes": (
+        ("add | relu", NCHW, "channel"),
+        (DEFAULT_CHAIN, NCHW, "channel"),
+        ("add", LARGE, "full"),
+        ("add | gelu", LARGE, "full"),
+        ("add | gelu", LARGE, "row"),
+        (DEFAULT_CHAIN, (1024, 8192), "last"),
+        (DEFAULT_CHAIN, (128, 512), "last"),
+        ("add | gelu", (128, 512), "last"),
+    ),
+}
+
+
+def works(names: Sequence[str], dtypes: Sequence[str], device: torch.device) -> list[Workload]:
+    """The workloads of the named parts; on the CPU, where kernels are interpreted, with small shapes."""
+    entries = [entry for name in names for entry in SUITE[name]]
+    size = lambda shape: SMALL[shape] if device.type == "cpu" else shape
+    return [
+        Workload(dualop.chain(text), size(shape), dtype, device, (form,))
+        for text, shape, form in entries
+        for dtype in dtypes
+    ]
+
+
+def prepare(todo: Sequence[Workload], backends: Sequence[str], progress: Callable[[int, int], None]) -> None:
+    """Compile all kernels, in parallel. What cannot be compiled is left to its own row, which will say so."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    if "cuda" in backends:
+        from dualop.backends.cuda import prepare as build
+
+        samples = [(work.chain, work.sample(0, rows=None if work.device.type == "cpu" else 8)) for work in todo]
+        with contextlib.suppress(BuildError):
+            build([(chain, s.x, s.operands) for chain, s in samples], progress)
+    if "triton" in backends and todo[0].device.type == "cuda":
+        processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2, len(todo)))
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(_compile, work) for work in todo]
+            for done, _ in enumerate(as_completed(futures), 1):
+                progress(done, len(todo))
+
+
+def _compile(work: Workload) -> None:
+    """In a process of its own: Triton keeps what it compiles on disk, where the measuring process finds it."""
+    with contextlib.suppress(Exception):
+        check.results(partial(work.chain, backend="triton"), work.chain.operands, work.sample(0), poison=False)
+
+
+def steps(count: int, backends: int) -> int:
+    """How often `run` calls `progress` for so many workloads."""
+    return count * measure.steps(backends, compiled=False, eager=False)
+
+
+def run(todo: Sequence[Workload], backends: Sequence[str], seed: int, progress: measure.Progress) -> list[measure.Row]:
+    """The rows of all workloads: the copy and the backends, without eager and torch.compile."""
+    rows: list[measure.Row] = []
+    for work in todo:
+        about = f"{work.chain}, {work.dtype}"
+        say = lambda text, about=about: progress(f"{about}: {text}")
+        checked = max(1, CHECKED * work.shape[0] // math.prod(work.shape))
+        rows += measure.measure(work, backends, False, seed, say, eager=False, checked_rows=checked)
+    return rows
+
+
+def render(rows: Sequence[measure.Row]) -> Table:
+    """A line for each chain, shape and dtype: times over the copy's, and of tiny tensors over an empty launch's."""
+    groups: dict[tuple[Any, ...], dict[tuple[str, str], measure.Row]] = {}
+    for row in rows:
+        key = (row.chain, tuple(row.shape), row.operands, row.dtype)
+        groups.setdefault(key, {})[row.backend, row.direction] = row
+    names = list(dict.fromkeys(row.backend for row in rows if row.backend not in (COPY, LAUNCH)))
+    table = Table(title="time over that of a copy of the same bytes, forward and backward", title_justify="left")
+    for column in ("chain", "x", "operand", "dtype"):
+        table.add_column(column, no_wrap=column != "chain", overflow="fold")
+    for column in ("copy", *names):
+        for way in (FORWARD, BACKWARD):
+            table.add_column(f"{column}, {way}{' µs' if column == 'copy' else ''}", justify="right")
+    table.add_column("note")
+    for (chain, shape, operands, dtype), group in groups.items():
+        copies = [f"{group[COPY, way].time_us:.4g}" for way in (FORWARD, BACKWARD)]
+        shares = [_share(group.get((name, way))) for name in names for way in (FORWARD, BACKWARD)]
+        size = "x".join(map(str, shape))
+        table.add_row(*map(Text, (chain, size, operands, dtype, *copies)), *shares, Text(_note(group, names)))
+    return table
+
+
+def _share(row: measure.Row | None) -> Text:
+    if row is None or not row.copy_share:
+        return Text("-" if row is None or row.ok else "WRONG", style="red")
+    over = 1 / row.copy_share
+    return Text(f"{over:.3f}" if over < 100 else f"{over:.4g}", style="yellow" if over > GOAL else "")
+
+
+def _note(group: dict[tuple[str, str], measure.Row], names: Sequence[str]) -> str:
+    notes = []
+    for name in names:
+        both = [row for way in (FORWARD, BACKWARD) if (row := group.get((name, way)))]
+        launches = [f"{row.launches:.2f}" for row in both if row.launches]
+        notes += [f"{name} {' '.join(launches)} launches"] if launches else []
+        notes += list(dict.fromkeys(f"{name}: {row.note}" for row in both if row.note))
+    return "; ".join(notes)

@@ -1,0 +1,168 @@
+"""What `dualop tune` found, kept on disk: the launch that was fastest, by GPU, software, chain, dtype and shape.
+
+    launch = tuned.lookup(tuned.subject("triton", chain, view, "forward"), device, Cut)   # a Cut, or None
+
+One JSON file for each GPU and software (versions of torch and triton, and the text of the kernels) in the folder
+`tune/` of the cache. It is read once in a process, when the first launch is chosen. A file that cannot be read is
+ignored with a warning, and written anew by the next `keep`; any of them may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import dualop
+from dualop import build, sources
+from dualop.chains import Chain
+from dualop.errors import BackendUnavailable
+from dualop.launch import power_of_two
+from dualop.layout import Layout
+
+FORMAT = 1
+KERNELS = {"cuda": "*.cuh", "triton_kernels": "*.py"}
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a launch is chosen for. `shape` is a bucket: rows and columns, each rounded up to a power of two."""
+
+    backend: str
+    direction: str
+    dtype: str
+    shape: str
+    inputs: str
+    chain: str
+
+    def __str__(self) -> str:
+        return " ; ".join((self.backend, self.direction, self.dtype, self.shape, self.inputs, self.chain))
+
+
+def subject(backend: str, chain: Chain, view: Layout, direction: str) -> Subject:
+    """Of a call with this layout; `direction` is "forward" or "backward"."""
+    bucket = f"{power_of_two(view.rows)}x{power_of_two(view.cols)}"
+    kinds = ",".join(str(v.kind) for v in view.views)
+    return Subject(backend, direction, str(view.dtype).removeprefix("torch."), bucket, kinds, chain.text)
+
+
+def lookup(what: Subject, device: torch.device, kind: type[C]) -> C | None:
+    """The launch found for it, an instance of the dataclass `kind`, or None; within `trying` the one being tried."""
+    if _tried and _tried[-1][0] == what:
+        tried = _tried[-1][1]
+        return tried if isinstance(tried, kind) else None
+    entry = _read(_file(device)).get(str(what))
+    if entry is None:
+        return None
+    try:
+        return kind(**entry["launch"])
+    except (KeyError, TypeError):  # of another version: its fields have changed
+        return None
+
+
+def keep(what: Subject, device: torch.device, launch: Any, microseconds: float, before: float) -> Path:
+    """Write down a launch (a dataclass of numbers) and its time, and what it took `before`; gives the file.
+
+    What other processes wrote meanwhile stays. Raises BackendUnavailable where the cache cannot be written to.
+    """
+    from filelock import FileLock
+
+    file = _file(device)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            found = _entries(file) or {}
+            found[str(what)] = {"launch": asdict(launch), "us": round(microseconds, 3), "before_us": round(before, 3)}
+            text = json.dumps({"format": FORMAT, "found": dict(sorted(found.items()))}, indent=1, allow_nan=False)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as new:
+                new.write(text + "\n")
+            os.replace(new.name, file)
+    except (OSError, NotImplementedError) as error:
+        raise BackendUnavailable(
+            f"cannot write to {file.parent} ({error}): set DUALOP_CACHE_DIR to a folder that is writable"
+        ) from error
+    _read.cache_clear()
+    _changed()
+    return file
+
+
+_tried: list[tuple[Subject, object]] = []
+_listeners: list[Callable[[], object]] = []
+
+
+def on_change(forget: Callable[[], object]) -> None:
+    """Have `forget` called whenever another launch may be chosen from now on: a backend's cache_clear."""
+    _listeners.append(forget)
+
+
+@contextmanager
+def trying(what: Subject, launch: object) -> Iterator[None]:
+    """Within it, in this process, `lookup` gives `launch` for this subject."""
+    _tried.append((what, launch))
+    _changed()
+    try:
+        yield
+    finally:
+        _tried.pop()
+        _changed()
+
+
+def _changed() -> None:
+    for forget in _listeners:
+        forget()
+
+
+def _file(device: torch.device) -> Path:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return build.cache_folder() / "tune" / f"{re.sub('[^A-Za-z0-9]+', '-', gpu)}_{_software()}.json"
+
+
+@lru_cache(maxsize=1)
+def _software() -> str:
+    """A short digest of all that makes another launch fastest: versions, and the kernels' sources."""
+    digest = hashlib.sha256(f"{dualop.__version__} {torch.__version__} {_triton()}".encode())
+    for folder, pattern in KERNELS.items():
+        for file in sorted(sources.folder(folder).glob(pattern)):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
+
+
+@lru_cache(maxsize=None)
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """What a file holds; once in a process."""
+    found = _entries(file)
+    if found is None:
+        warnings.warn(f"{file} cannot be read and is ignored; `dualop tune` writes it anew", stacklevel=2)
+    return found or {}
+
+
+def _entries(file: Path) -> dict[str, dict[str, Any]] | None:
+    """The entries of a file, none if there is no file, None if it is no such file."""
+    try:
+        content = json.loads(file.read_text())
+        found = content["found"]
+        return found if content["format"] == FORMAT and all(isinstance(v, dict) for v in found.values()) else None
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
