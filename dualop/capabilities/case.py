@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -75,6 +77,12 @@ def refused(call: Callable[[], Any], *words: str) -> str:
         assert any(word in text for word in words), f"refused for another reason: {type(error).__name__}: {text[:300]}"
         return text
     raise AssertionError("it is allowed by now: this row is out of date")
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process that is to find this dualop, wherever it lies."""
+    package = str(Path(dualop.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
 
 
 def slow(check: C) -> C:

@@ -9,7 +9,6 @@ there is no port to be taken, and are killed when their time is up.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-import dualop
-from dualop.capabilities.case import Case, Function, Skip, same, two_written_out, written_out
+from dualop.capabilities.case import Case, Function, Skip, environment, same, two_written_out, written_out
 
 WORLD = 2
 SECONDS = 180  # for all rows of all backends; a collective that waits longer than a third of it fails
@@ -201,15 +199,13 @@ def results(backends: tuple[str, ...], device_type: str) -> dict[tuple[str, str]
     """(row, backend) -> what failed (empty: nothing) and the seconds it took. Two processes, at most SECONDS."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         raise Skip("this torch was built without torch.distributed or gloo")
-    package = str(Path(dualop.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    variables = {**environment(), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "dualop.capabilities.processes"]
         processes = [
             subprocess.Popen(
                 [*command, str(rank), str(WORLD), folder, device_type, *backends],
-                env=environment,
+                env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=(Path(folder) / f"{rank}.log").open("w"),
