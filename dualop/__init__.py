@@ -3,13 +3,15 @@
     op = dualop.chain("add | swish | tanh | gelu | hardtanh(-1, 1)")
     y = op(x, bias)
 
-Names are loaded on first use, so that `dualop --help` does not import torch.
+Names are loaded on first use, so that `dualop --help` does not import torch. The ops `torch.ops.dualop.*` are there as
+soon as torch and dualop have been imported, or, where dualop was first, when torch reads a saved program.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -60,3 +62,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _Registration:
+    """A finder that finds nothing: it sees torch import what it reads saved programs with, and registers the ops."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name in ("torch._export.serde", "torch._inductor"):
+            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            importlib.import_module("dualop.autograd")
+
+
+if "torch" in sys.modules:
+    importlib.import_module("dualop.autograd")
+else:
+    sys.meta_path.insert(0, _Registration())  # type: ignore[arg-type]
