@@ -26,10 +26,11 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.overrides import is_tensor_like
 
-from dualop import distributed, registry
+from dualop import chains, distributed, registry
 from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.chains import Chain
-from dualop.layout import device_of, validate
+from dualop.direct import unwatched
+from dualop.layout import checked, device_of, validate
 from dualop.slopes import parse, slope
 
 _LIBRARY = torch.library.Library("dualop", "DEF")
@@ -43,8 +44,15 @@ _backward_op = torch.ops.dualop.backward.default
 
 
 def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -> Tensor:
-    """One call of a chain: check the tensors, resolve the backend once, dispatch."""
-    if not isinstance(x, Tensor) and is_tensor_like(x):  # a proxy, as of torch.fx: a node of the graph that it builds
+    """One call of a chain: check the tensors, resolve the backend once, dispatch or take the short way."""
+    tensors = (x, *operands)
+    if unwatched(tensors):
+        device = checked(tensors, chain.operands)
+        chosen = registry.resolve(registry.requested(backend), chain, device)
+        if torch.is_grad_enabled() and _any_requires_grad(*tensors):
+            return _apply(None, (chain.text, chosen.name), *tensors)
+        return chosen.forward(chain, x, operands)
+    if any(not isinstance(t, Tensor) and is_tensor_like(t) for t in tensors):  # a proxy: a node of torch.fx's graph
         return _forward_op(x, list(operands), chain.text, registry.requested(backend))
     validate(x, operands, chain.operands)
     distributed.know_dtensor()
@@ -86,13 +94,16 @@ class ChainFunction(torch.autograd.Function):
     """apply(op, arguments, *tensors): both ops of dualop with their derivatives, for every backend.
 
     `tensors` are (x, *operands) for the forward op and (gy, x, *operands) for the backward op, `arguments` the op's
-    others. It saves the tensors and nothing else. The derivative of the forward op is the backward op; that one's is
-    the backward op of the chain's slope (dualop/slopes.py) where there is one, else the reference's, by torch's own
-    functions, which torch can differentiate without end.
+    others. `op` None is the forward op on the short way (dualop/direct.py), its backend resolved. It saves the tensors
+    and nothing else. The derivative of the forward op is the backward op; that one's is the backward op of the chain's
+    slope (dualop/slopes.py) where there is one, else the reference's, by torch's own functions, which torch can
+    differentiate without end.
     """
 
     @staticmethod
     def forward(op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
+        if op is None:
+            return registry.BACKENDS[arguments[1]].forward(parse(arguments[0]), tensors[0], tensors[1:])
         if not _are_functorch_transforms_active():
             with _BelowAutograd():
                 return _call(op, arguments, tensors)
@@ -103,20 +114,16 @@ class ChainFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.op, ctx.arguments, *tensors = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        if ctx.op is not None:
+            ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[2:])
-        if ctx.op is _forward_op:
-            x, *operands = ctx.saved_tensors
-            # torch.autograd.grad(is_grads_batched=True) is a vmap that knows no op with a list of results.
-            if not torch.compiler.is_compiling() and is_legacy_batchedtensor(cotangents[0]):
-                wanted = reference_gradients(parse(ctx.arguments[0]), cotangents[0], x, operands, needs)
-            else:
-                wanted = _backward_op(cotangents[0], x, operands, *ctx.arguments, needs)
-        else:
+        if ctx.op is _backward_op:
             wanted = _second(ctx.arguments, cotangents, ctx.saved_tensors, needs)
+        else:
+            wanted = _gradients(ctx, cotangents[0], needs)
         gradients = iter(wanted)
         return None, None, *[next(gradients) if need else None for need in needs]
 
@@ -146,6 +153,18 @@ def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any
     if op is _forward_op:
         return op(tensors[0], tensors[1:], *arguments)
     return tuple(op(tensors[0], tensors[1], tensors[2:], *arguments))
+
+
+def _gradients(ctx: Any, gy: Tensor, needs: list[bool]) -> list[Tensor]:
+    """The derivative of the forward op: the gradients of those of (x, *operands) that `needs` asks for."""
+    tensors, (chain, backend) = ctx.saved_tensors, ctx.arguments
+    x, operands = tensors[0], tensors[1:]
+    if ctx.op is None and not torch.is_grad_enabled() and unwatched((gy, *tensors)):
+        return registry.BACKENDS[backend].backward(parse(chain), gy, x, operands, needs)
+    # torch.autograd.grad(is_grads_batched=True) is a vmap that knows no op with a list of results.
+    if not torch.compiler.is_compiling() and is_legacy_batchedtensor(gy):
+        return reference_gradients(parse(chain), gy, x, operands, needs)
+    return _backward_op(gy, x, operands, chain, backend, needs)
 
 
 def _second(
@@ -259,11 +278,13 @@ torch.library.register_fake("dualop::backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_vmap("dualop::forward", _forward_vmap, lib=_LIBRARY)
 torch.library.register_vmap("dualop::backward", _backward_vmap, lib=_LIBRARY)
 
+chains._run = run
+
 # Around a compiled function that broke off, Dynamo tries to compile each Python function that it meets: not these.
 _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
 for _kernel in (
     *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake),
     *(_forward_vmap, _backward_vmap, ChainFunction.forward, ChainFunction.setup_context),
-    *(ChainFunction.backward, ChainFunction.jvp, _second),
+    *(ChainFunction.backward, ChainFunction.jvp, _gradients, _second),
 ):
     eval_frame.set_code_exec_strategy(_kernel.__code__, _SKIP)

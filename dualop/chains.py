@@ -58,11 +58,9 @@ class Chain:
     __delattr__ = __setattr__  # type: ignore[assignment]
 
     def __call__(self, x: Any, *operands: Any, backend: str | None = None, **named: Any) -> Any:
-        from dualop.autograd import run
-
         if named or len(operands) != len(self.operands):
             operands = self.bind(operands, named)
-        return run(self, x, operands, backend)
+        return _run(self, x, operands, backend)
 
     def bind(self, operands: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """The operands in the order of `self.operands`; OperandError names what is missing or too much."""
@@ -92,6 +90,16 @@ class Chain:
 
     def __reduce__(self) -> Any:
         return parse, (self.text,)
+
+
+def _load(*call: Any) -> Any:
+    """The first call imports dualop.autograd, which needs this module and puts its own `run` in this one's place."""
+    from dualop.autograd import run
+
+    return run(*call)
+
+
+_run: Any = _load
 
 
 def chain(*stages: str | Call | Chain) -> Chain:

@@ -189,6 +189,25 @@ def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
     device_of(x, operands)
 
 
+def checked(tensors: Sequence[Tensor], names: Sequence[str]) -> torch.device:
+    """The device of a call with these tensors, (x, *operands), which `validate` sees the first time only.
+
+    Strided tensors in memory and no tracer: shapes, dtypes and devices say everything.
+    """
+    like = tuple([(t.shape, t.dtype, t.device) for t in tensors])
+    device = _checked.get(like)
+    if device is None:
+        validate(tensors[0], tensors[1:], names)
+        if len(_checked) >= CHECKED:
+            _checked.clear()
+        device = _checked[like] = device_of(tensors[0], tensors[1:])
+    return device
+
+
+CHECKED = 4096
+_checked: dict[tuple[Any, ...], torch.device] = {}
+
+
 def _broadcast(*shapes: Sequence[int]) -> bool:
     """Whether they do. torch.broadcast_shapes says so by an exception, which compiled code cannot catch."""
     for last in range(1, max(len(shape) for shape in shapes) + 1):

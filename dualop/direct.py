@@ -1,0 +1,55 @@
+"""The short way to a kernel: past torch's dispatcher, where nothing could be watching a call.
+
+torch's dispatcher calls a Python kernel in some microseconds, as long as torch takes for a whole pointwise function,
+and a chain's op has two of them, for autograd and for the device. What the dispatcher is there for (subclasses, modes,
+transforms, tracers, the profiler, lazily negated tensors ...) shows in the tensors' types and keys and in a few
+switches of the thread; if none of it does, calling the backend is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet, _are_functorch_transforms_active
+from torch._C import _dispatch_keys as keys_of
+from torch._C import _get_tracing_state as jit_tracer
+from torch._C import _has_torch_function as has_torch_function
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C._autograd import _profiler_enabled as profiler
+from torch.autograd import forward_ad
+
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _keys(*names: str) -> int:
+    keys = DispatchKeySet(getattr(DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | DispatchKeySet(getattr(DispatchKey, name))
+    return keys.raw_repr()
+
+
+# The keys of a strided tensor in memory, and those of one made in inference mode.
+_KEYS = frozenset(
+    _keys(device, f"Autocast{device}", *more)
+    for device in ("CPU", "CUDA")
+    for more in ((), ("ADInplaceOrView", f"Autograd{device}"))
+)
+
+
+def unwatched(tensors: Sequence[Tensor]) -> bool:
+    """Whether a call with these tensors is nobody's business but the backend's: False where that is not certain."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _TYPES or keys_of(tensor).raw_repr() not in _KEYS:
+            return False
+    return not (
+        has_torch_function(tensors)
+        or dispatch_modes()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or profiler()
+        or jit_tracer()
+    )
