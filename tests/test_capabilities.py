@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import HAS_GPU, INTERPRETED
+from torch._subclasses import FakeTensorMode
 
+import dualop
 from dualop import capabilities, registry
-from dualop.capabilities import CAPABILITIES, NOT_ALLOWED, Capability, table
+from dualop.backends.reference import evaluate
+from dualop.capabilities import CAPABILITIES, NOT_ALLOWED, Capability, table, tensors
 from dualop.capabilities.case import Case, Skip, gpus, refused
+from dualop.stages import STAGES
 
 ON_GPU = HAS_GPU and not INTERPRETED
 SLOW_ON = "triton"  # what takes seconds runs on one backend without a GPU; this one has nothing to build
@@ -73,6 +77,18 @@ def test_a_gradient_that_is_one_percent_off_fails(name: str, device: torch.devic
     case.chain = lambda x, add: Off.apply(right(x, add))
     with pytest.raises((AssertionError, RuntimeError), match=r"not close|Jacobian mismatch"):
         capability.check(case)
+
+
+def test_stages_that_autocast_runs_in_float32() -> None:
+    """The README names them. On the CPU there are none."""
+    found: dict[str, set[str]] = {}
+    for kind in ("cpu", "cuda"):
+        with FakeTensorMode(), tensors._autocast(kind):
+            x = torch.empty(4, dtype=torch.bfloat16, device=kind)
+            ops = {name: dualop.chain(stage.example) for name, stage in STAGES.items()}
+            dtypes = {name: evaluate(op, x, [x] * len(op.operands)).dtype for name, op in ops.items()}
+        found[kind] = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert found == {"cpu": set(), "cuda": {"softplus", "square", "reciprocal", "exp"}}
 
 
 def test_what_is_allowed_is_not_refused() -> None:

@@ -5,6 +5,8 @@ A check fails once PyTorch allows the thing: then the row is to be moved to wher
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +33,30 @@ def saved_inference_tensor(case: Case) -> None:
         a = torch.ones(5, dtype=x.dtype, device=x.device)
     for f in (case.chain, lambda x, a: x * a):
         refused(lambda f=f: f(x, a), "Inference tensors cannot be saved for backward")  # type: ignore[misc]
+
+
+def unwanted_gradient(case: Case) -> None:
+    """in torch.autograd.grad(y, x), leaving out the gradient of an operand that requires one as well (detach it)"""
+    asked: list[tuple[bool, ...]] = []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:
+            ctx.save_for_backward(x, a)
+            return x * a
+
+        @staticmethod
+        def backward(ctx: Any, *gy: Tensor) -> tuple[Tensor, Tensor]:
+            asked.append(tuple(ctx.needs_input_grad))
+            x, a = ctx.saved_tensors
+            return gy[0] * a, (gy[0] * x).sum(0)
+
+    x, a = case.tensors()
+    grad(Product.apply(x, a).sum(), x)
+    with case.spy("backward") as backward:
+        grad(case.chain(x, a).sum(), x)
+    asked.append(tuple(backward.call_args_list[0].args[-1]))
+    assert asked == [(True, True)] * 2, f"asked for {asked}: this row is out of date"
 
 
 @slow

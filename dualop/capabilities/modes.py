@@ -129,6 +129,7 @@ def tracing(case: Case) -> None:
         ops = [node.target for node in traced.graph.nodes if node.op == "call_function"]
         assert ops == [torch.ops.dualop.forward.default], f"traced {ops}"
         same(traced(2 * x, a), written_out(2 * x, a))
+    same(torch.fx.symbolic_trace(lambda a: case.chain(x, a))(2 * a), written_out(x, 2 * a))
     same(torch.jit.trace(case.chain, (x, a))(2 * x, a), written_out(2 * x, a))
 
 
