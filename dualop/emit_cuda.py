@@ -75,6 +75,8 @@ def cut(layout, backward, vector, sms):
     """The grid, and how many blocks and threads along x, y and z."""
     width = 16 // layout.dtype.itemsize if vector else 1
     cut = (BACKWARD if backward else FORWARD)[layout.dtype]
+    if backward:
+        cut = tall(cut, layout, width, sms)
     x = min(cut.across, power_of_two(ceil_div(layout.cols, width)))
     y = cut.threads // x
     tile = (y * cut.rows, x * width)
@@ -131,12 +133,13 @@ def tail_backward(gy, inputs, needs):
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     words, partials = [], []
     for view, tensor, gradient in zip(layout.views, inputs, gradients):
-        # Where elements share an operand's element, each block leaves a partial sum, and a second kernel adds them up.
+        # Where elements share an operand's element, each block leaves a partial sum, and a second kernel adds them up;
+        # but where one block has all of a sum.
         shape = view.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs)
-        summed = gradient is not None and view.reduced
-        partials.append(torch.empty(math.prod(shape), dtype=wide, device=z.device) if summed else gradient)
+        parted = gradient is not None and view.reduced and shape[0] * shape[2] > 1
+        partials.append(torch.empty(math.prod(shape), dtype=wide, device=z.device) if parted else gradient)
         place = (tensor.data_ptr(), view.div, view.mod, view.row_stride, 0)
-        words += (*place, address(partials[-1]), address(gradient) if summed else 0, *shape)
+        words += (*place, address(partials[-1]), address(gradient) if parted else 0, *shape)
     launch("dualop_backward", layout, grid, blocks, vector, z.device, 0, gy.data_ptr(), words)
     return gradients
 '''

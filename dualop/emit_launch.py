@@ -141,8 +141,8 @@ def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any])
         "@REDUCED@": _method(layouts.View.reduced.fget).partition("\n")[2],  # type: ignore[attr-defined]
         "@SUM_SHAPE@": _method(layouts.View.sum_shape),
         "@COPIED@": copied(
-            launch.Cut, launch.Grid, launch.ceil_div, launch.power_of_two, launch.forward_grid, launch.backward_grid,
-            launch._launchable,
+            launch.Cut, launch.Grid, launch.ceil_div, launch.power_of_two, launch.forward_grid, launch.summed, launch.tall,
+            launch.backward_grid, launch._launchable,
         ),
         "@FORWARD_CUTS@": _table(forward),
         "@BACKWARD_CUTS@": _table(backward),
@@ -165,7 +165,7 @@ def copied(*objects: Any) -> str:
     text = re.sub(r"@dataclass\(frozen=True\)\nclass (\w+):", r"class \1(NamedTuple):", text)
     text = re.sub(r"\b_(launchable|tile|mask|fitted)\b", r"\1", text)
     text = re.sub(r"\breplace\((\w+), ", r"\1._replace(", text)
-    return re.sub(r"\b(MOST_PROGRAMS|TILES)\b", lambda match: str(getattr(launch, match[1])), text)
+    return re.sub(r"\b(MOST_PROGRAMS|TILES|TALL_THREADS|TALL_BYTES)\b", lambda match: str(getattr(launch, match[1])), text)
 
 
 def _method(function: Any) -> str:

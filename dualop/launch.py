@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -29,8 +29,7 @@ class Cut:
 
 
 TILES = 8  # of a program in backward
-
-
+TALL_THREADS, TALL_BYTES = 256, 64  # of a tall tile: its threads, and the bytes of a row in it
 MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 
@@ -78,6 +77,26 @@ def forward_grid(layout: Layout, tile_rows: int, tile_cols: int) -> Grid:
     return Grid(tile_rows, tile_cols, _launchable(ceil_div(layout.rows, tile_rows)), ceil_div(layout.cols, tile_cols))
 
 
+def summed(layout: Layout) -> set[int]:
+    """Along what gradients are summed: COLUMN where there is one for each column, ROW, or 0 for a single number."""
+    return {v.kind & FULL for v in layout.views if v.reduced and (v.kind & FULL) != FULL}
+
+
+def tall(cut: Cut, layout: Layout, width: int, multiprocessors: int) -> Cut:
+    """`cut` for a backward, of tall and narrow tiles where a program can take all rows of its columns: then no partial
+    sums are left to add up, and there is one launch instead of two.
+
+    That pays where each program has few tiles, of which there are less the fewer programs there are. `width`: elements
+    of an access.
+    """
+    across = max(1, TALL_BYTES // (width * layout.dtype.itemsize))
+    steps = ceil_div(layout.rows, cut.rows * TALL_THREADS // across)
+    few = steps <= TILES and steps * multiprocessors <= 2 * TILES * ceil_div(layout.cols, across * width)
+    if not few or COLUMN not in summed(layout) or ROW in summed(layout):
+        return cut
+    return replace(cut, threads=TALL_THREADS, across=across, least=0)
+
+
 def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessors: int, cut: Cut) -> Grid:
     """Few programs where gradients are summed, so that few partial sums are left to add up: each sums TILES tiles.
 
@@ -86,7 +105,7 @@ def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessor
     where both are wanted it makes a single tile.
     """
     rows, cols = ceil_div(layout.rows, tile_rows), ceil_div(layout.cols, tile_cols)
-    kinds = {v.kind & FULL for v in layout.views if v.reduced and (v.kind & FULL) != FULL}
+    kinds = summed(layout)
     if not kinds or {ROW, COLUMN} <= kinds:
         return Grid(tile_rows, tile_cols, _launchable(rows), cols)
     least, most = (n * multiprocessors for n in (cut.least, cut.most))

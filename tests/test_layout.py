@@ -109,7 +109,8 @@ def partial_sums(view: Layout, index: int, grid: Grid, g: Tensor) -> Tensor:
     tile_row, tile_column = row // grid.tile_rows, column // grid.tile_cols
     row_program = tile_row % grid.row_programs if grid.row_step else tile_row
     column_program = tile_column % grid.col_programs if grid.col_step else tile_column
-    out = view.partial(index, grid.row_programs, grid.col_programs, torch.device("cpu")).fill_(torch.nan)
+    shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
+    out = torch.full((math.prod(shape),), torch.nan, dtype=view.accumulator)
     if v.kind & FULL == FULL:
         at = row * view.cols + column
     elif v.kind & COLUMN:
@@ -131,10 +132,14 @@ def gradients(view: Layout, tensors: Sequence[Tensor], grid: Grid, g: Tensor) ->
     partials: list[Tensor | None] = []
     for i, (v, tensor) in enumerate(zip(view.views, tensors, strict=True)):
         out = None if v.expanded else view.gradient(i, tensor, torch.device("cpu"))
-        partial = partial_sums(view, i, grid, g) if v.reduced else None
-        if out is not None and partial is None:
+        partial = view.partial(i, grid.row_programs, grid.col_programs, torch.device("cpu"))
+        if out is not None and not v.reduced:
             out.as_strided((view.total,), (1,)).copy_(g)
-        elif out is not None and partial is not None:
+        elif out is not None and partial is None:
+            out.as_strided((out.numel(),), (1,)).copy_(partial_sums(view, i, grid, g))
+        elif partial is not None:
+            partial.copy_(partial_sums(view, i, grid, g))
+        if out is not None and partial is not None:
             shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
             assert math.prod(shape) == partial.numel()
             out.as_strided((out.numel(),), (1,)).copy_(partial.double().reshape(shape).sum((0, 2)).flatten())

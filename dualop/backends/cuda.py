@@ -22,7 +22,7 @@ from dualop import build
 from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
-from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two, tall
 from dualop.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
 from dualop.ranges import Step, steps
 from dualop.slopes import Slope, is_curved
@@ -146,6 +146,8 @@ class Plan:
         if known is None:
             width = self.wide if vector else 1
             cut = (BACKWARD if backward else FORWARD)[self.view.dtype]
+            if backward:
+                cut = tall(cut, self.view, width, multiprocessors(device))
             x = min(cut.across, power_of_two(-(-self.view.cols // width)))
             y = cut.threads // x
             tile = (y * cut.rows, x * width)
@@ -222,8 +224,8 @@ class Cuda:
         vector = _aligned(view, plan.wide, (gy, *inputs))
         grid, _ = plan.grid(True, vector, device)
         partials = [
-            view.partial(i, grid.row_programs, grid.col_programs, device) if need and v.reduced else None
-            for i, (need, v) in enumerate(zip(needs, view.views, strict=True))
+            view.partial(i, grid.row_programs, grid.col_programs, device) if need else None
+            for i, need in enumerate(needs)
         ]
         words: list[int] = []
         for i, tensor in enumerate(inputs):

@@ -19,7 +19,7 @@ from torch import Tensor
 from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
 from dualop.chains import Chain
 from dualop.generated import imported
-from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two, tall
 from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
 from dualop.ranges import steps
 from dualop.slopes import Slope, is_curved
@@ -99,8 +99,8 @@ class Triton:
         launch = _launch(chain, view, device, tuple(needs))
         grid = launch.grid
         partials: list[Tensor | None] = [
-            view.partial(i, grid.row_programs, grid.col_programs, device) if need and v.reduced else None
-            for i, (need, v) in enumerate(zip(needs, view.views, strict=True))
+            view.partial(i, grid.row_programs, grid.col_programs, device) if need else None
+            for i, need in enumerate(needs)
         ]
         gradients = [
             view.gradient(i, t, device) if need and not v.expanded else None
@@ -138,7 +138,7 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
     walks = tuple((v.div, v.mod, v.row_stride, v.outer_stride) for v in view.views)
     reduced = needs is not None and any(v.reduced for v in view.views)
     cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
-    cut = _fitted(cut, view, device)
+    cut = _fitted(cut, view, device, needs is not None)
     if needs is None:
         kernel, grid = module.forward_kernel, forward_grid(view, *_tile(view, cut))
         own: dict[str, Any] = {"BITS": view.bits}
@@ -163,8 +163,11 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
     return Launch(kernel[grid.axes], grid, walks, numbers, device)
 
 
-def _fitted(cut: Cut, view: Layout, device: torch.device) -> Cut:
-    """With fewer rows a thread where there would not be a program for each multiprocessor otherwise."""
+def _fitted(cut: Cut, view: Layout, device: torch.device, backward: bool) -> Cut:
+    """Tall where that pays, or with fewer rows a thread where multiprocessors would have no program otherwise."""
+    fitted = tall(cut, view, 16 // view.dtype.itemsize, multiprocessors(device)) if backward else cut
+    if fitted is not cut:
+        return fitted
     programs = view.total // (cut.rows * cut.threads * (16 // view.dtype.itemsize))
     return replace(cut, rows=1) if programs < multiprocessors(device) else cut
 
