@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dualop import emit_launch
+from dualop import emit_launch, launch
 from dualop.backends import triton
 from dualop.chains import Chain
 from dualop.sources import folder
@@ -76,7 +76,7 @@ def launch_sum(partial, out, shape, early):
 def tail_forward(inputs):
     z = inputs[0]
     layout, result = layout_of(z.shape, z.dtype), torch.empty_like(z)
-    cut = fitted(FORWARD[z.dtype], layout, z.device)
+    cut = fitted(FORWARD[z.dtype], layout, multiprocessors(z.device))
     grid = forward_grid(layout, *tile(layout, cut))
     launch(forward_kernel, layout, grid, cut, [result], inputs, BITS=BITS[z.dtype])
     return result
@@ -87,7 +87,7 @@ def tail_backward(gy, inputs, needs):
     z = inputs[0]
     layout = layout_of(z.shape, z.dtype)
     cut = (BACKWARD if any(view.reduced for view in layout.views) else FORWARD)[z.dtype]
-    cut = fitted(cut, layout, z.device)
+    cut = fitted(cut, layout, multiprocessors(z.device))
     grid = backward_grid(layout, *tile(layout, cut), multiprocessors(z.device), cut)
     # From compute capability 9.0 on, the sums' kernel is launched while the other one still runs.
     early = torch.cuda.get_device_properties(z.device).major >= 9
@@ -143,7 +143,7 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
         "@SOURCE@": source,
         "@IMPORTS@": "".join(f"{line}\n" for line in library.imports(source)),
         "@LAUNCH@": emit_launch.emitted(plan, triton.FORWARD, triton.BACKWARD),
-        "@COPIED@": re.sub(r"\bview\b", "layout", emit_launch.copied(triton._fitted, triton._tile, triton._mask)),
+        "@COPIED@": re.sub(r"\bview\b", "layout", emit_launch.copied(launch.fitted, triton._tile, triton._mask)),
         "@STAGES@": str(triton.STAGES),
         "@NARROW@": str(plan.view.narrow),
     }

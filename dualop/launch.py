@@ -1,8 +1,20 @@
-"""How a layout is cut into programs: the same rule for both kernel languages, in tiles of rows and columns."""
+"""How a layout is cut into programs: the same rule for both kernel languages, in tiles of rows and columns.
+
+The heuristic, which knows the dtype, the shape and the number of multiprocessors (SMs):
+
+1. Each backend has a Cut for each dtype and direction (FORWARD and BACKWARD in `dualop/backends/`), as searched for on
+   large tensors. Where registers would not suffice, in long chains, `resident` is 1.
+2. `fitted`: on tensors so small that SMs would stay idle, a thread takes one row. In Triton only: in CUDA the rows are
+   compiled in, so that a chain would be compiled once more for its small tensors.
+3. `across` threads lie side by side as far as there are columns; those that are left lie along the rows.
+4. `forward_grid` has a program for each tile, `backward_grid` as many as sums of gradients want.
+
+What `dualop tune` found for a chain, dtype and shape (dualop/tuned.py) takes the place of 1 and 2.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -71,6 +83,12 @@ def power_of_two(n: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     """SMs of a GPU; on the CPU a small number, so that interpreted kernels cut their loops as on a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def fitted(cut: Cut, view: Layout, multiprocessors: int) -> Cut:
+    """With one row a thread where there would not be a program for each multiprocessor otherwise."""
+    programs = view.total // (cut.rows * cut.threads * (16 // view.dtype.itemsize))
+    return replace(cut, rows=1) if programs < multiprocessors else cut
 
 
 def forward_grid(layout: Layout, tile_rows: int, tile_cols: int) -> Grid:

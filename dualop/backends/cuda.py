@@ -11,14 +11,14 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualop import build
+from dualop import build, tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
@@ -47,11 +47,13 @@ _missing_tools = lru_cache(maxsize=2)(build.missing_tools)
 
 # The result's dtype, the inputs' dtypes and kinds, and whether 32 bits hold every index.
 Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...], bool]
+Cuts = tuple[Cut, Cut]  # of the forward and the backward kernel
 
 
-def source(chain: Chain, signature: Signature, host: bool) -> str:
+def source(chain: Chain, signature: Signature, host: bool, cuts: Cuts | None = None) -> str:
     """The whole text that is compiled: the kernels, the chain as a type, and the exported launchers.
 
+    Of `cuts`, by default the heuristic's, the rows and the registers are compiled in; the threads come with a launch.
     A slope has a library of its own, so that a chain which nobody differentiates twice is not compiled for it.
     """
     dtype, inputs, narrow = signature
@@ -62,13 +64,11 @@ def source(chain: Chain, signature: Signature, host: bool) -> str:
     )
     stages = ",\n    ".join(_stage(step, sloped) for step in steps(chain))
     kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
-    # Long chains, many inputs and slopes need more registers than `resident` leaves: they would spill.
-    short = len(steps(chain)) + len(inputs) < 8 and not sloped
-    cuts = ", ".join(f"Cut<{c.rows}, {c.resident if short else 1}>" for c in (FORWARD[dtype], BACKWARD[dtype]))
+    compiled = ", ".join(f"Cut<{c.rows}, {c.resident}>" for c in cuts or _untuned(chain, dtype, len(inputs)))
     return (
         f"namespace dualop {{ using index_t = {index}; }}\n{cuda_header(header, host)}\n"
         f"// {chain}\nnamespace dualop {{\nusing TheChain = {form}<\n    {stages}>;\n"
-        f"using TheProblem = Problem<TheChain, {cuts}, {C_TYPES[dtype]}{kinds}>;\n}}\n"
+        f"using TheProblem = Problem<TheChain, {compiled}, {C_TYPES[dtype]}{kinds}>;\n}}\n"
         f"{exported}(dualop::TheProblem)\n"
     )
 
@@ -97,10 +97,31 @@ def _kind(kind: int) -> str:
     return " | ".join((*names, *more)) or "0"
 
 
-def _build(chain: Chain, signature: Signature, device: torch.device) -> build.Build:
+def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) -> Cut:
+    """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
+    return _untuned(chain, view.dtype, len(view.views))[direction == "backward"]
+
+
+def _untuned(chain: Chain, dtype: torch.dtype, inputs: int) -> Cuts:
+    forward, backward = FORWARD[dtype], BACKWARD[dtype]
+    # Long chains, many inputs and slopes need more registers than `resident` leaves: they would spill.
+    if len(steps(chain)) + inputs < 8 and not isinstance(chain, Slope):
+        return forward, backward
+    return replace(forward, resident=1), replace(backward, resident=1)
+
+
+def _cuts(chain: Chain, view: Layout, device: torch.device) -> Cuts:
+    forward, backward = _untuned(chain, view.dtype, len(view.views))
+    return (
+        tuned.chosen("cuda", chain, view, "forward", device, forward),
+        tuned.chosen("cuda", chain, view, "backward", device, backward),
+    )
+
+
+def _build(chain: Chain, signature: Signature, device: torch.device, cuts: Cuts) -> build.Build:
     host = device.type == "cpu"
     arch = None if host else torch.cuda.get_device_capability(device)
-    return build.Build("host" if host else "cuda", source(chain, signature, host), host, arch)
+    return build.Build("host" if host else "cuda", source(chain, signature, host, cuts), host, arch)
 
 
 def _signature(view: Layout, dtypes: Iterable[torch.dtype]) -> Signature:
@@ -117,8 +138,9 @@ def prepare(calls: Iterable[tuple[Chain, Tensor, Sequence[Tensor]]], progress: A
 
     wanted: dict[build.Build, None] = {}
     for chain, x, operands in calls:
-        signature = _signature(layout(x, operands), [t.dtype for t in (x, *operands)])
-        wanted[_build(chain, signature, device_of(x, operands))] = None
+        view, device = layout(x, operands), device_of(x, operands)
+        signature = _signature(view, [t.dtype for t in (x, *operands)])
+        wanted[_build(chain, signature, device, _cuts(chain, view, device))] = None
     missing = [w for w in wanted if w.try_load() is None]
     if not missing:
         return
@@ -137,6 +159,7 @@ class Plan:
 
     library: ctypes.CDLL
     view: Layout
+    cuts: Cuts
     wide: int
     fixed: dict[tuple[bool, bool], tuple[Grid, tuple[int, ...]]] = field(default_factory=dict)
 
@@ -145,7 +168,7 @@ class Plan:
         known = self.fixed.get((backward, vector))
         if known is None:
             width = self.wide if vector else 1
-            cut = (BACKWARD if backward else FORWARD)[self.view.dtype]
+            cut = self.cuts[backward]
             x = min(cut.across, power_of_two(-(-self.view.cols // width)))
             y = cut.threads // x
             tile = (y * cut.rows, x * width)
@@ -159,11 +182,15 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def _plan(chain: Chain, view: Layout, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Plan:
-    library = _build(chain, _signature(view, dtypes), device).load()
+    cuts = _cuts(chain, view, device)
+    library = _build(chain, _signature(view, dtypes), device, cuts).load()
     for launcher in [library.dualop_backward] + ([] if isinstance(chain, Slope) else [library.dualop_forward]):
         launcher.argtypes, launcher.restype = [ctypes.c_char_p], ctypes.c_int
     library.dualop_error_text.argtypes, library.dualop_error_text.restype = [ctypes.c_int], ctypes.c_char_p
-    return Plan(library, view, 16 // view.dtype.itemsize)
+    return Plan(library, view, cuts, 16 // view.dtype.itemsize)
+
+
+tuned.on_change(_plan.cache_clear)
 
 
 class Cuda:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualop import tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
 from dualop.chains import Chain
 from dualop.generated import imported
-from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.launch import Cut, Grid, backward_grid, fitted, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
 from dualop.ranges import steps
 from dualop.slopes import Slope, is_curved
@@ -136,9 +137,8 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
     """Of the forward kernel, or of the backward kernel with these gradients."""
     module = _module(chain, tuple(v.kind for v in view.views))
     walks = tuple((v.div, v.mod, v.row_stride, v.outer_stride) for v in view.views)
-    reduced = needs is not None and any(v.reduced for v in view.views)
-    cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
-    cut = _fitted(cut, view, device)
+    direction = "forward" if needs is None else "backward"
+    cut = tuned.chosen("triton", chain, view, direction, device, heuristic(chain, view, direction, device))
     if needs is None:
         kernel, grid = module.forward_kernel, forward_grid(view, *_tile(view, cut))
         own: dict[str, Any] = {"BITS": view.bits}
@@ -163,10 +163,14 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
     return Launch(kernel[grid.axes], grid, walks, numbers, device)
 
 
-def _fitted(cut: Cut, view: Layout, device: torch.device) -> Cut:
-    """With fewer rows a thread where there would not be a program for each multiprocessor otherwise."""
-    programs = view.total // (cut.rows * cut.threads * (16 // view.dtype.itemsize))
-    return replace(cut, rows=1) if programs < multiprocessors(device) else cut
+tuned.on_change(_launch.cache_clear)
+
+
+def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) -> Cut:
+    """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
+    reduced = direction == "backward" and any(v.reduced for v in view.views)
+    cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
+    return fitted(cut, view, multiprocessors(device))
 
 
 def _tile(view: Layout, cut: Cut) -> tuple[int, int]:
