@@ -91,23 +91,29 @@ template <class I, int vec, int rows> struct Fragment {
     }
 };
 
-// Sums value[0..n) over a group of `count` (a power of two) threads whose numbers lie `unit` apart, in a fixed order.
-// The thread at `position` 0 has the sum afterwards.
+// Sums value[0..n) over a group of `count` (a power of two) threads whose numbers lie `unit` apart, in a fixed order: by
+// eights, since each step waits for all threads. The thread at `position` 0 has the sum afterwards.
 template <class R, int n> DUALOP_FUN void group_sum(R (&value)[n], int position, int count, int unit) {
     __shared__ R buffer[n][THREADS];
     const int me = threadIdx.y * blockDim.x + threadIdx.x;
     __syncthreads();  // the buffer may still be read by a sum before this one
 #pragma unroll
     for (int i = 0; i < n; i++) buffer[i][me] = value[i];
-    for (int half = count / 2; half > 0; half /= 2) {
+    for (int left = count; left > 1;) {
+        const int parts = left < 8 ? left : 8;
+        left /= parts;
         __syncthreads();
-        if (position < half) {
+        if (position < left) {
 #pragma unroll
-            for (int i = 0; i < n; i++) buffer[i][me] += buffer[i][me + half * unit];
+            for (int part = 1; part < 8; part++) {
+                if (part >= parts) break;
+#pragma unroll
+                for (int i = 0; i < n; i++) value[i] += buffer[i][me + part * left * unit];
+            }
+#pragma unroll
+            for (int i = 0; i < n; i++) buffer[i][me] = value[i];
         }
     }
-#pragma unroll
-    for (int i = 0; i < n; i++) value[i] = buffer[i][me];
 }
 
 // The gradient of one input: written row by row where it has the result's size, otherwise summed over the thread's

@@ -1,4 +1,15 @@
-"""How a layout is cut into programs: the same rule for both kernel languages, in tiles of rows and columns."""
+"""How a layout is cut into programs: the same rule for both kernel languages, in tiles of rows and columns.
+
+The heuristic, which knows the dtype, the shape and the number of multiprocessors (SMs):
+
+1. Each backend has a Cut for each dtype and direction (FORWARD and BACKWARD in `dualop/backends/`), as searched for on
+   large tensors. Where registers would not suffice, in long chains, `resident` is 1.
+2. `Tall.fitted`: where gradients are summed along the columns and there are few rows, a program takes all of them.
+3. `across` threads lie side by side as far as there are columns; those that are left lie along the rows.
+4. `forward_grid` has a program for each tile, `backward_grid` as many as sums of gradients want.
+
+What `dualop tune` found for a chain, dtype and shape (dualop/tuned.py) takes the place of 1 and 2.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +40,7 @@ class Cut:
 
 
 TILES = 8  # of a program in backward
-TALL_THREADS, TALL_BYTES = 256, 64  # of a tall tile: its threads, and the bytes of a row in it
+TALL_THREADS = 256
 MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 
@@ -82,19 +93,25 @@ def summed(layout: Layout) -> set[int]:
     return {v.kind & FULL for v in layout.views if v.reduced and (v.kind & FULL) != FULL}
 
 
-def tall(cut: Cut, layout: Layout, width: int, multiprocessors: int) -> Cut:
-    """`cut` for a backward, of tall and narrow tiles where a program can take all rows of its columns: then no partial
-    sums are left to add up, and there is one launch instead of two.
+@dataclass(frozen=True)
+class Tall:
+    """Tall and narrow tiles for a backward, `bytes` of a row wide, where a program can take all rows of its columns.
 
-    That pays where each program has few tiles, of which there are less the fewer programs there are. `width`: elements
-    of an access.
+    Then no partial sums are left to add up, and there is one launch instead of two. That pays where a program has few
+    tiles, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy.
     """
-    across = max(1, TALL_BYTES // (width * layout.dtype.itemsize))
-    steps = ceil_div(layout.rows, cut.rows * TALL_THREADS // across)
-    few = steps <= TILES and steps * multiprocessors <= 2 * TILES * ceil_div(layout.cols, across * width)
-    if not few or COLUMN not in summed(layout) or ROW in summed(layout):
-        return cut
-    return replace(cut, threads=TALL_THREADS, across=across, least=0)
+
+    bytes: int
+    tiles: int
+
+    def fitted(self, cut: Cut, layout: Layout, multiprocessors: int) -> Cut:
+        """`cut`, or its tall form where that pays."""
+        kinds, across = summed(layout), self.bytes // 16
+        tiles = ceil_div(layout.rows, cut.rows * TALL_THREADS // across)
+        programs = ceil_div(layout.cols * layout.dtype.itemsize, self.bytes)
+        if COLUMN not in kinds or ROW in kinds or tiles > self.tiles or tiles * multiprocessors > 16 * programs:
+            return cut
+        return replace(cut, threads=TALL_THREADS, across=across, least=0)
 
 
 def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessors: int, cut: Cut) -> Grid:

@@ -32,8 +32,8 @@ _MARK = "dualop-probe "
 def facts() -> dict[str, Any]:
     """The answers of `answer_all` in a child of this Python with this sys.path.
 
-    Keys "torch", "gpus", "triton", "backends"; a step that failed has `{"error": why}` instead, and so has the one in
-    which the child died; the steps after that one are missing.
+    Keys "torch", "gpus", "triton", "backends", "tuned"; a step that failed has `{"error": why}` instead, and so has the
+    one in which the child died; the steps after that one are missing.
     """
     script = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from dualop import probe; probe.answer_all()"
     status, out, err = run([sys.executable, "-c", script, json.dumps(sys.path)], FACTS_SECONDS)
@@ -100,7 +100,22 @@ def _backends() -> dict[str, Any]:
     return answers
 
 
-STEPS: dict[str, Callable[[], Any]] = {"torch": _torch, "gpus": _gpus, "triton": _triton, "backends": _backends}
+def _tuned() -> dict[str, Any]:
+    import torch
+
+    from dualop import tuned
+
+    file, launches = tuned.kept(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return {"file": str(file), "launches": launches}
+
+
+STEPS: dict[str, Callable[[], Any]] = {
+    "torch": _torch,
+    "gpus": _gpus,
+    "triton": _triton,
+    "backends": _backends,
+    "tuned": _tuned,
+}
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_what_the_source_distribution_holds(built):
 
 def test_the_installed_command(venv, tmp_path):
     help_text = run(venv / "bin" / "dualop", "--help", cwd=tmp_path)
-    for command in ("bench", "capabilities", "check", "doctor", "emit", "show", "stages", "verify"):
+    for command in ("bench", "capabilities", "check", "doctor", "emit", "show", "stages", "tune", "verify"):
         assert command in help_text
     stages = run(venv / "bin" / "dualop", "stages", cwd=tmp_path, COLUMNS="200")
     for stage in dualop.stages.STAGES:
