@@ -24,12 +24,14 @@ from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_int
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.compiler import is_compiling
 from torch.overrides import is_tensor_like
 
 from dualop import chains, direct, distributed, native, registry
 from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.chains import Chain
 from dualop.layout import checked, device_of, validate
+from dualop.native import known
 from dualop.slopes import parse, slope
 
 _LIBRARY = torch.library.Library("dualop", "DEF")
@@ -44,9 +46,9 @@ _backward_op = torch.ops.dualop.backward.default
 
 def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -> Tensor:
     """One call of a chain: check the tensors, resolve the backend once, dispatch or take the short way."""
-    if not torch.compiler.is_compiling():
-        calls = native.known(chain.text, backend or registry.requested())
-        y = None if calls is None else calls(x, *operands)
+    if not is_compiling():
+        calls = known.get((chain.text, backend or registry.requested()))
+        y = None if calls is None else calls(x, operands)
         if y is not None and y is not False:
             return y
     tensors = (x, *operands)
@@ -62,7 +64,7 @@ def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -
     validate(x, operands, chain.operands)
     distributed.know_dtensor()
     name = registry.requested(backend)
-    if not torch.compiler.is_compiling() and x.device.type != "meta":
+    if not is_compiling() and x.device.type != "meta":
         name = registry.resolve(name, chain, device_of(x, operands)).name
     return _forward_op(x, list(operands), chain.text, name)
 
@@ -117,7 +119,8 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.op, ctx.arguments, *tensors = inputs
+        ctx.op, ctx.arguments = inputs[0], inputs[1]
+        tensors = inputs[2:]
         ctx.save_for_backward(*tensors)
         if ctx.op is _forward_op or ctx.op is _backward_op:
             ctx.save_for_forward(*tensors)
@@ -173,7 +176,7 @@ def _gradients(ctx: Any, gy: Tensor, needs: list[bool], short: bool) -> Sequence
     if short and not torch.is_grad_enabled() and direct.unwatched((gy, *tensors)):
         return direct.backward(ctx.op, ctx.arguments, gy, tensors, needs)
     # torch.autograd.grad(is_grads_batched=True) is a vmap that knows no op with a list of results.
-    if not torch.compiler.is_compiling() and is_legacy_batchedtensor(gy):
+    if not is_compiling() and is_legacy_batchedtensor(gy):
         return reference_gradients(parse(chain), gy, x, operands, needs)
     return _backward_op(gy, x, operands, chain, backend, needs)
 
@@ -184,7 +187,7 @@ def _second(
     """The derivative of the backward op: the gradients of those of (gy, x, *operands) that `needs` asks for."""
     chain, backend, _ = arguments
     sloped = slope(chain)
-    if sloped is None or (not torch.compiler.is_compiling() and is_legacy_batchedtensor(cotangents[0])):
+    if sloped is None or (not is_compiling() and is_legacy_batchedtensor(cotangents[0])):
         outputs = torch.func.vjp(_reference_gradients(*arguments), *tensors)
         return [g for g, need in zip(outputs[1](tuple(cotangents)), needs, strict=True) if need]
     gy, x = tensors

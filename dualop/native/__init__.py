@@ -1,7 +1,7 @@
 """The short way in C++: known calls are made again without Python, but for one function.
 
-    calls = native.known(chain.text, "cuda")      # None: Python's way
-    y = calls(x, bias)                            # a result; None: not seen yet; False: another way
+    calls = native.known.get((chain.text, "cuda"))      # None: Python's way
+    y = calls(x, (bias,))                               # a result; None: not seen yet; False: another way
 
 A call's first time goes Python's way and is recorded (dualop/native/record.py): which memory it allocates, what its
 launchers are given. Each later call with tensors of the same layouts, dtypes, device and alignment is made again from
@@ -36,11 +36,12 @@ FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
 LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10")
 SECONDS = 120  # more than any compiler takes, so that a hanging one is given up
 
+# The Calls of a chain's text and the name of a backend, "auto" too.
+known: dict[tuple[str, str], Any] = {}
 on = os.environ.get("DUALOP_NATIVE", "1") not in ("", "0")
 why_not = ""  # the extension is not there
 
 _module: Any = None
-_known: dict[tuple[str, str], Any] = {}
 _begun = False
 _lock = threading.Lock()
 
@@ -66,11 +67,6 @@ def extension() -> Extension:
     return Extension("native", f"// {sysconfig.get_config_var('SOABI')} {' '.join(FLAGS)}\n{text}\n", host=True)
 
 
-def known(chain: str, backend: str) -> Any:
-    """The Calls of a chain's text and the name of a backend, or "auto"; None if there are none."""
-    return _known.get((chain, backend)) if on else None
-
-
 def calls(chain: str, requested: str, backend: str) -> Any:
     """The Calls of a chain on the `backend` that `requested` chose, made if need be; None without the extension."""
     if not on or backend == "reference":
@@ -79,15 +75,15 @@ def calls(chain: str, requested: str, backend: str) -> Any:
         _begin()
     if _module is None:
         return None
-    found = _known.get((chain, backend))
+    found = known.get((chain, backend))
     if found is None:
-        found = _known[chain, backend] = _module.Calls((chain, backend))
-    return _known.setdefault((chain, requested), found)
+        found = known[chain, backend] = _module.Calls((chain, backend))
+    return known.setdefault((chain, requested), found)
 
 
 def forget() -> None:
     """Have every call go Python's way again once: another launch may be chosen from now on."""
-    _known.clear()
+    known.clear()
 
 
 def load() -> bool:

@@ -17,7 +17,10 @@ struct Buffer {
         for (int64_t n : like.strides()) strides.emplace_back(n);
     }
     at::Tensor allocate(c10::Device device) const {
-        return at::_ops::empty_strided::call(sizes, strides, dtype, c10::kStrided, device, false);
+        // Straight to the device's own: what is plain and unwatched passes nothing else on the way there.
+        const auto key = device.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
+        return at::_ops::empty_strided::redispatch(c10::DispatchKeySet(key), sizes, strides, dtype, c10::kStrided,
+                                                   device, false);
     }
 };
 
@@ -29,14 +32,16 @@ struct Launch {
     int stream;  // the place of the stream
 };
 
-// Nothing to launch: a call that is known to go another way. `results` are places among tensors and buffers, -1: None.
+using Tensors = c10::SmallVector<at::Tensor, 8>;
+
+// Nothing to launch: a call that is known to go another way. `results` are places among the buffers, -1: None.
 struct Call {
     std::vector<Buffer> buffers;
     std::vector<Launch> launches;
     std::vector<int> results;
 
     // Allocates and launches, without Python's lock; false, with nothing to show, where anything failed.
-    bool run(PyObject* const* objects, Py_ssize_t count, int64_t stream, std::vector<at::Tensor>& made) const noexcept {
+    bool run(PyObject* const* objects, Py_ssize_t count, int64_t stream, Tensors& made) const noexcept {
         const c10::Device device = tensor_in(objects[0]).device();
         c10::SmallVector<int64_t, 32> addresses;
         for (Py_ssize_t i = 0; i < count; i++) {

@@ -1,6 +1,6 @@
 // The Python module: `setup`, and the type Calls, the calls of one chain on one backend that are known.
 //
-//     calls(x, *operands)              the result, with a node of the autograd.Function if anything requires a gradient
+//     calls(x, operands)                    the result, with a node of the autograd.Function if anything requires a gradient
 //     calls.backward(needs, gy, *tensors)   what the Function's backward returns
 //
 // Both return None for a call that has not been seen yet, which Python may record and `learn`, and False for one that
@@ -15,6 +15,16 @@ struct CallsObject {
     PyObject* arguments;  // of the autograd.Function
     Calls* calls;
 };
+
+constexpr int64_t FORWARD = 0;
+
+// FORWARD for None, or the bits of a tuple of bools behind a 1.
+int64_t lead_of(PyObject* needs) {
+    if (!PyTuple_Check(needs)) return FORWARD;
+    int64_t lead = 1;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(needs); i++) lead = lead << 1 | (PyTuple_GET_ITEM(needs, i) == Py_True);
+    return lead;
+}
 
 constexpr size_t MOST = 4096;  // calls of a chain; sizes may vary without end
 
@@ -32,19 +42,21 @@ bool is_current(c10::Device device) {
     return device.is_cpu() || c10::impl::VirtualGuardImpl(device.type()).getDevice() == device;
 }
 
-PyObject* wrapped(const std::vector<int>& results, PyObject* const* objects, Py_ssize_t count,
-                  std::vector<at::Tensor>& made) {
+// The only result of forward, or the tuple that the Function's backward returns.
+PyObject* wrapped(const std::vector<int>& results, bool forward, Tensors& made) {
+    if (forward) return THPVariable_Wrap(std::move(made[results[0]]));
     PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(results.size()));
     for (size_t i = 0; tuple && i < results.size(); i++) {
-        PyObject* one = results[i] < 0 ? Py_NewRef(Py_None) : THPVariable_Wrap(std::move(made[results[i] - count]));
+        PyObject* one = results[i] < 0 ? Py_NewRef(Py_None) : THPVariable_Wrap(std::move(made[results[i]]));
         if (!one) Py_CLEAR(tuple);
         else PyTuple_SET_ITEM(tuple, static_cast<Py_ssize_t>(i), one);
     }
     return tuple;
 }
 
-// None, False, or a tuple of the results; nullptr with Python's error.
-PyObject* replay(CallsObject* self, int64_t lead, PyObject* const* objects, Py_ssize_t count, bool differentiable) {
+// What the call gives, None or False; nullptr with Python's error. `lead` is FORWARD or says which gradients.
+PyObject* replay(CallsObject* self, int64_t lead, PyObject* const* objects, Py_ssize_t count) {
+    const bool forward = lead == FORWARD;
     if (count < 1 || watched()) Py_RETURN_FALSE;
     Key key;
     if (!describe(lead, objects, count, key)) Py_RETURN_FALSE;
@@ -52,7 +64,7 @@ PyObject* replay(CallsObject* self, int64_t lead, PyObject* const* objects, Py_s
     if (known == self->calls->end()) Py_RETURN_NONE;
     const std::shared_ptr<const Call> call = known->second;  // others may forget it while this one runs
     if (call->launches.empty()) Py_RETURN_FALSE;
-    if (differentiable && c10::GradMode::is_enabled()) {
+    if (forward && c10::GradMode::is_enabled()) {
         for (Py_ssize_t i = 0; i < count; i++) {
             if (!tensor_in(objects[i]).requires_grad()) continue;
             c10::SmallVector<PyObject*, 16> arguments = {reinterpret_cast<PyObject*>(self), self->arguments};
@@ -64,9 +76,9 @@ PyObject* replay(CallsObject* self, int64_t lead, PyObject* const* objects, Py_s
     if (!is_current(device)) Py_RETURN_FALSE;
     const int64_t stream = stream_of(device);
     if (PyErr_Occurred()) return nullptr;
-    std::vector<at::Tensor> made;
+    Tensors made;
     if (!call->run(objects, count, stream, made)) Py_RETURN_FALSE;
-    return wrapped(call->results, objects, count, made);
+    return wrapped(call->results, forward, made);
 }
 
 // A C++ exception must not pass through Python.
@@ -81,12 +93,12 @@ template <class F> PyObject* guarded(F body) {
 
 PyObject* forward(PyObject* object, PyObject* const* arguments, size_t flagged, PyObject*) {
     return guarded([&]() -> PyObject* {
-        auto* self = reinterpret_cast<CallsObject*>(object);
-        PyObject* found = replay(self, 0, arguments, PyVectorcall_NARGS(flagged), true);
-        if (!found || !PyTuple_CheckExact(found)) return found;  // a tensor from the Function, or none
-        PyObject* y = Py_NewRef(PyTuple_GET_ITEM(found, 0));
-        Py_DECREF(found);
-        return y;
+        if (PyVectorcall_NARGS(flagged) != 2 || !PyTuple_CheckExact(arguments[1])) Py_RETURN_FALSE;
+        c10::SmallVector<PyObject*, 16> tensors = {arguments[0]};
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[1]); i++) {
+            tensors.push_back(PyTuple_GET_ITEM(arguments[1], i));
+        }
+        return replay(reinterpret_cast<CallsObject*>(object), FORWARD, tensors.data(), tensors.size());
     });
 }
 
@@ -94,11 +106,7 @@ PyObject* backward(PyObject* object, PyObject* const* arguments, Py_ssize_t coun
     return guarded([&]() -> PyObject* {
         if (count < 2 || !PyTuple_Check(arguments[0])) return PyErr_Format(PyExc_TypeError, "needs, gy, *tensors");
         if (c10::GradMode::is_enabled()) Py_RETURN_FALSE;
-        int64_t lead = 1;
-        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[0]); i++) {
-            if (PyTuple_GET_ITEM(arguments[0], i) == Py_True) lead |= int64_t(2) << i;
-        }
-        return replay(reinterpret_cast<CallsObject*>(object), lead, arguments + 1, count - 1, false);
+        return replay(reinterpret_cast<CallsObject*>(object), lead_of(arguments[0]), arguments + 1, count - 1);
     });
 }
 
@@ -138,18 +146,17 @@ PyObject* learn(PyObject* object, PyObject* arguments) {
                               &PyTuple_Type, &launches, &PyTuple_Type, &results)) {
             return nullptr;
         }
-        int64_t lead = needs == Py_None ? 0 : 1;
-        for (Py_ssize_t i = 0; lead && i < PyTuple_GET_SIZE(needs); i++) {
-            if (PyTuple_GET_ITEM(needs, i) == Py_True) lead |= int64_t(2) << i;
-        }
         Key key;
-        if (!describe(lead, &PyTuple_GET_ITEM(tensors, 0), PyTuple_GET_SIZE(tensors), key)) Py_RETURN_NONE;
+        if (!describe(lead_of(needs), &PyTuple_GET_ITEM(tensors, 0), PyTuple_GET_SIZE(tensors), key)) Py_RETURN_NONE;
         auto call = std::make_shared<Call>();
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(buffers); i++) {
             if (!is_plain(PyTuple_GET_ITEM(buffers, i))) return PyErr_Format(PyExc_TypeError, "a buffer is no tensor");
             call->buffers.emplace_back(tensor_in(PyTuple_GET_ITEM(buffers, i)));
         }
         if (!append_launches(launches, call->launches) || !append_numbers(results, call->results)) return nullptr;
+        for (int result : call->results) {
+            if (result >= static_cast<int>(call->buffers.size())) return PyErr_Format(PyExc_IndexError, "no such buffer");
+        }
         auto* self = reinterpret_cast<CallsObject*>(object);
         if (self->calls->size() >= MOST) self->calls->clear();
         (*self->calls)[key] = std::move(call);

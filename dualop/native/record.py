@@ -62,8 +62,9 @@ def _record(
     whole = all(id(t) in read for t in tensors) and all(id(t) in buffers for t in results)
     if not whole:
         return flags, tuple(tensors), (), (), ()
-    places |= {key: len(tensors) + place for place, key in enumerate(buffers)}
-    made = iter(results)
+    made = {key: place for place, key in enumerate(buffers)}
+    places |= {key: len(tensors) + place for key, place in made.items()}
+    given = iter(results)
     order = (True,) if flags is None else flags
     return (
         flags,
@@ -79,5 +80,5 @@ def _record(
             )
             for (address, words, stream), pairs in zip(launches, used, strict=True)
         ),
-        tuple(places[id(next(made))] if wanted else -1 for wanted in order),
+        tuple(made[id(next(given))] if wanted else -1 for wanted in order),
     )
