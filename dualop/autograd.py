@@ -47,7 +47,7 @@ _backward_op = torch.ops.dualop.backward.default
 def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -> Tensor:
     """One call of a chain: check the tensors, resolve the backend once, dispatch or take the short way."""
     if not is_compiling():
-        calls = known.get((chain.text, backend or registry.requested()))
+        calls = known.get((chain.text, registry.requested() if backend is None else backend))
         y = None if calls is None else calls(x, operands)
         if y is not None and y is not False:
             return y
@@ -135,7 +135,7 @@ class ChainFunction(torch.autograd.Function):
                 return found
         needs = list(ctx.needs_input_grad[2:])
         if op is _backward_op:
-            wanted = _second(ctx.arguments, cotangents, ctx.saved_tensors, needs)
+            wanted: Sequence[Tensor] = _second(ctx.arguments, cotangents, ctx.saved_tensors, needs)
         else:
             wanted = _gradients(ctx, cotangents[0], needs, short)
         gradients = iter(wanted)

@@ -197,7 +197,7 @@ class Build:
             raise BuildError(f"{first}\n(compiling {source}; the whole log: {self.log})", self.log, first) from failure
 
     def _made(self, work: Path) -> Path:
-        """The library, compiled in `work` from the source in `self.folder`; an exception says what the compiler said."""
+        """The library, compiled in `work` from the source in `self.folder`. Whatever is raised becomes a BuildError."""
         with _one_in_this_process, _prepared(work, None if self.host else cuda_home()) as link_flags:
             return self._load_inline(work, link_flags)
 

@@ -61,7 +61,7 @@ def unwatched(tensors: Sequence[Tensor]) -> bool:
 
 
 def forward(calls: Any, arguments: tuple[str, str], tensors: Sequence[Tensor]) -> Tensor:
-    """The backend's result for (x, *operands), unwatched and checked: by `calls` (dualop/native) where they know how."""
+    """The backend's result for (x, *operands), unwatched and checked; by `calls` (dualop/native) if they know how."""
     y = None if calls is None else calls(tensors[0], tensors[1:])
     if y is not None and y is not False:
         return y

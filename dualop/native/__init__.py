@@ -16,10 +16,10 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import shlex
 import subprocess
 import sysconfig
 import threading
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,18 @@ import torch
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
-from dualop import build
+from dualop import build, tuned
 from dualop.errors import DualopError
 
-SOURCES = ("tensors.h", "call.h", "module.cpp")
+SOURCES = ("tensors.h", "triton.h", "call.h", "module.cpp")
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
 LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10")
 SECONDS = 120  # more than any compiler takes, so that a hanging one is given up
 
 # The Calls of a chain's text and the name of a backend, "auto" too.
 known: dict[tuple[str, str], Any] = {}
-on = os.environ.get("DUALOP_NATIVE", "1") not in ("", "0")
+# The lock of Python is what keeps the records from being changed while they are read.
+on = os.environ.get("DUALOP_NATIVE", "1") not in ("", "0") and not sysconfig.get_config_var("Py_GIL_DISABLED")
 why_not = ""  # the extension is not there
 
 _module: Any = None
@@ -50,10 +51,10 @@ class Extension(build.Build):
     """The extension's library. Compiled without load_inline, beside whose builds of kernels it can run."""
 
     def _made(self, work: Path) -> Path:
-        made, source = work / f"{self.name}.so", self.folder / "source.cpp"
-        root = Path(torch.__file__).parent
-        includes = [f"-I{sysconfig.get_path('include')}", "-isystem", str(root / "include")]
-        command = [str(build.find_cxx()), *FLAGS, *includes, str(source), "-o", str(made), f"-L{root / 'lib'}", *LIBRARIES]
+        made, root = work / f"{self.name}.so", Path(torch.__file__).parent
+        compiler, source = shlex.split(os.environ.get("CXX") or "c++"), str(self.folder / "source.cpp")
+        headers = (f"-I{sysconfig.get_path('include')}", "-isystem", str(root / "include"))
+        command = [*compiler, *FLAGS, *headers, source, "-o", str(made), f"-L{root / 'lib'}", *LIBRARIES]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             raise RuntimeError(done.stderr)
@@ -62,9 +63,10 @@ class Extension(build.Build):
 
 def extension() -> Extension:
     """The extension for this Python and this torch."""
-    texts = [(Path(__file__).parent / name).read_text() for name in SOURCES]
-    text = "\n".join(line for t in texts for line in t.splitlines() if line != "#pragma once" and '#include "' not in line)
-    return Extension("native", f"// {sysconfig.get_config_var('SOABI')} {' '.join(FLAGS)}\n{text}\n", host=True)
+    lines = [line for name in SOURCES for line in (Path(__file__).parent / name).read_text().splitlines()]
+    own = [line for line in lines if line != "#pragma once" and '#include "' not in line]
+    about = f"// {sysconfig.get_config_var('SOABI')} {' '.join(FLAGS)}"
+    return Extension("native", "\n".join([about, *own, ""]), host=True)
 
 
 def calls(chain: str, requested: str, backend: str) -> Any:
@@ -81,62 +83,57 @@ def calls(chain: str, requested: str, backend: str) -> Any:
     return known.setdefault((chain, requested), found)
 
 
+def triton_launcher() -> int:
+    """The address of `launch_triton` in triton.h."""
+    return _module.triton_launcher
+
+
 def forget() -> None:
-    """Have every call go Python's way again once: another launch may be chosen from now on."""
-    known.clear()
+    """Have every call go Python's way once more: another launch may be chosen from now on."""
+    for found in known.values():
+        found.forget()
+
+
+tuned.on_change(forget)
 
 
 def load() -> bool:
     """Compile the extension now unless it is there; whether it is. `why_not` says why if not."""
     global _begun
-    if not on:
-        return False
-    with _lock:
+    if on and _module is None:
         _begun = True
-        if _module is None:
-            _build()
+        _build()
     return _module is not None
 
 
 def _begin() -> None:
-    """Load the extension, or have a thread build it, which a process that ends does not wait for."""
+    """Load the extension, or have a thread build it, which the end of the process does not wait for."""
     global _begun
     with _lock:
         if _begun:
             return
         _begun = True
-    try:
-        if extension().try_load() is None:
-            threading.Thread(target=_build, name="dualop native build", daemon=True).start()
-        else:
-            _build()
-    except (OSError, RuntimeError) as error:
-        _failed(error)
+    if extension().try_load() is None:
+        threading.Thread(target=_build, name="dualop native build", daemon=True).start()
+    else:
+        _build()
 
 
 def _build() -> None:
     global _module, why_not
     try:
-        if not sysconfig.get_config_var("Py_GIL_DISABLED"):
-            _module, why_not = _imported(extension().build()), ""
-        else:
-            why_not = "a Python without its global lock"
-    except (DualopError, ImportError, OSError, RuntimeError) as error:
-        _failed(error)
-
-
-def _failed(error: Exception) -> None:
-    global why_not
-    why_not = next(iter(str(error).splitlines()), type(error).__name__)
+        _module, why_not = _imported(extension().load()._name), ""
+    except (DualopError, ImportError, OSError) as error:
+        why_not = next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @lru_cache(maxsize=1)
-def _imported(path: Path) -> Any:
+def _imported(path: str) -> Any:
     """The module, told what it has to know of torch."""
     from dualop.autograd import apply
     from dualop.direct import PLAIN_KEYS
 
-    loader = importlib.machinery.ExtensionFileLoader("dualop_native", str(path))
+    loader = importlib.machinery.ExtensionFileLoader("dualop_native", path)
     spec = importlib.util.spec_from_loader("dualop_native", loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,7 @@
 // A call as data: memory to be had, words to be filled with addresses, functions to be called with the words.
 #pragma once
 #include "tensors.h"
+#include "triton.h"
 
 #include <memory>
 #include <unordered_map>
@@ -29,7 +30,8 @@ struct Launch {
     int (*function)(const void* words);
     std::vector<int64_t> words;
     std::vector<int> slots, sources;
-    int stream;  // the place of the stream
+    int stream;          // the place of the stream
+    PyObject* allowed;   // () -> bool: whether it may be made, and what it needs kept alive; None
 };
 
 using Tensors = c10::SmallVector<at::Tensor, 8>;
@@ -39,6 +41,19 @@ struct Call {
     std::vector<Buffer> buffers;
     std::vector<Launch> launches;
     std::vector<int> results;
+
+    Call() = default;
+    Call(const Call&) = delete;
+    ~Call() {
+        for (const Launch& launch : launches) Py_DECREF(launch.allowed);
+    }
+
+    bool allowed() const {
+        for (const Launch& launch : launches) {
+            if (launch.allowed != Py_None && !is(Py_True, PyObject_CallNoArgs(launch.allowed))) return false;
+        }
+        return true;
+    }
 
     // Allocates and launches, without Python's lock; false, with nothing to show, where anything failed.
     bool run(PyObject* const* objects, Py_ssize_t count, int64_t stream, Tensors& made) const noexcept {

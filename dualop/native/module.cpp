@@ -73,7 +73,7 @@ PyObject* replay(CallsObject* self, int64_t lead, PyObject* const* objects, Py_s
         }
     }
     const c10::Device device = tensor_in(objects[0]).device();
-    if (!is_current(device)) Py_RETURN_FALSE;
+    if (!is_current(device) || !call->allowed()) Py_RETURN_FALSE;
     const int64_t stream = stream_of(device);
     if (PyErr_Occurred()) return nullptr;
     Tensors made;
@@ -127,12 +127,14 @@ bool append_launches(PyObject* list, std::vector<Launch>& launches) {
         unsigned long long function;
         PyObject *words, *slots, *sources;
         Launch launch;
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(list, i), "KOOOi", &function, &words, &slots, &sources, &launch.stream) ||
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(list, i), "KOOOiO", &function, &words, &slots, &sources, &launch.stream,
+                              &launch.allowed) ||
             !append_numbers(words, launch.words) || !append_numbers(slots, launch.slots) ||
             !append_numbers(sources, launch.sources)) {
             return false;
         }
         launch.function = reinterpret_cast<int (*)(const void*)>(function);
+        Py_INCREF(launch.allowed);
         launches.push_back(std::move(launch));
     }
     return true;
@@ -164,6 +166,11 @@ PyObject* learn(PyObject* object, PyObject* arguments) {
     });
 }
 
+PyObject* forget(PyObject* object, PyObject*) {
+    reinterpret_cast<CallsObject*>(object)->calls->clear();
+    Py_RETURN_NONE;
+}
+
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
     PyObject* given;
     if (!PyArg_ParseTuple(arguments, "O", &given)) return nullptr;
@@ -187,6 +194,7 @@ Py_ssize_t size(PyObject* object) { return static_cast<Py_ssize_t>(reinterpret_c
 PyMethodDef methods[] = {
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(backward)), METH_FASTCALL, nullptr},
     {"learn", learn, METH_VARARGS, nullptr},
+    {"forget", forget, METH_NOARGS, nullptr},
     {},
 };
 
@@ -241,5 +249,8 @@ PyMODINIT_FUNC PyInit_dualop_native() {
     if (module && PyModule_AddObjectRef(module, "Calls", reinterpret_cast<PyObject*>(&dualop::type)) < 0) {
         Py_CLEAR(module);
     }
+    PyObject* launcher = PyLong_FromVoidPtr(reinterpret_cast<void*>(dualop::launch_triton));
+    if (module && PyModule_AddObjectRef(module, "triton_launcher", launcher) < 0) Py_CLEAR(module);
+    Py_XDECREF(launcher);
     return module;
 }

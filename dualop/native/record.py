@@ -1,8 +1,8 @@
 """A call's record: what Python's way allocates and launches, as places of addresses, for C++ to do again.
 
-A word of a launch is a number, or a tensor where the launcher wants its address. Every tensor that is not one of the
-call's own is memory that the call allocated, uninitialised. This holds if nothing was copied, which shows: a tensor that
-a kernel did not read itself is missing among the words, and so is a result that torch computed. Then there is no record.
+A word of a launch is a number, or a tensor where the launcher wants its address. A tensor that the call was not given
+is memory that it allocated, uninitialised. So it is if nothing was copied, which shows: a tensor that no kernel read
+itself is missing among the words, and so is a result that torch computed. Then there is no record.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 Word = int | Tensor | None
-Launched = tuple[int, Sequence[Word], int]  # the launcher's address, its words, the stream's place among them
+# The launcher's address, its words, the stream's place among them, and whether it may be called, or None if always.
+Launched = tuple[int, Sequence[Word], int, Callable[[], bool] | None]
 
 _here = threading.local()
 
@@ -25,11 +26,16 @@ def number(word: Word) -> int:
     return word if isinstance(word, int) else 0 if word is None else word.data_ptr()
 
 
-def launched(launcher: Any, words: Sequence[Word], stream: int) -> None:
-    """Said by a backend of each launch: a ctypes function of a block of words, and these words."""
-    launches = getattr(_here, "launches", None)
-    if launches is not None:
-        launches.append((ctypes.cast(launcher, ctypes.c_void_p).value, words, stream))
+def recording() -> bool:
+    """Whether this thread records a call."""
+    return getattr(_here, "launches", None) is not None
+
+
+def launched(launcher: Any, words: Sequence[Word], stream: int, allowed: Callable[[], bool] | None = None) -> None:
+    """Said by a backend of each launch: a ctypes function of a block of words, or its address, and these words."""
+    if recording():
+        address = launcher if isinstance(launcher, int) else ctypes.cast(launcher, ctypes.c_void_p).value
+        _here.launches.append((address, words, stream, allowed))
 
 
 def recorded(
@@ -41,7 +47,8 @@ def recorded(
     """
     if len({id(t) for t in tensors}) < len(tensors):  # the record could not tell them apart
         return call()
-    _here.launches = launches = []
+    launches: list[Launched] = []
+    _here.launches = launches
     try:
         results = call()
     finally:
@@ -55,7 +62,7 @@ def _record(
 ) -> tuple[Any, ...]:
     """What Calls.learn takes. Without launches where there is no record."""
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
-    used = [[(slot, t) for slot, t in enumerate(words) if isinstance(t, Tensor)] for _, words, _ in launches]
+    used = [[(slot, t) for slot, t in enumerate(words) if isinstance(t, Tensor)] for _, words, *_ in launches]
     buffers = {id(t): t for pairs in used for _, t in pairs if id(t) not in places}
     read = {id(t) for pairs in used for _, t in pairs}
     flags = None if needs is None else (False, False, *needs)
@@ -77,8 +84,9 @@ def _record(
                 [slot for slot, _ in pairs],
                 [places[id(t)] for _, t in pairs],
                 stream,
+                allowed,
             )
-            for (address, words, stream), pairs in zip(launches, used, strict=True)
+            for (address, words, stream, allowed), pairs in zip(launches, used, strict=True)
         ),
         tuple(made[id(next(given))] if wanted else -1 for wanted in order),
     )

@@ -36,12 +36,11 @@ struct Python {
 };
 inline Python python;
 
-// Of a Python number in place of one that says no: true as well where Python raised an error, which is cleared.
-inline bool says_yes(PyObject* answer) {
-    const int yes = answer ? PyObject_IsTrue(answer) : 1;
-    if (!answer || yes < 0) PyErr_Clear();
+// Takes an answer of Python's; an error is another answer than either, and is cleared.
+inline bool is(PyObject* expected, PyObject* answer) {
+    if (!answer) PyErr_Clear();
     Py_XDECREF(answer);
-    return yes != 0;
+    return answer == expected;
 }
 
 // Whether something in this thread may want to see a call: a mode, a transform, a tracer, dual numbers, the profiler.
@@ -52,7 +51,7 @@ inline bool watched() {
     if (at::impl::torch_function_mode_enabled()) return true;
     PyObject* level = PyDict_GetItem(python.levels, python.level);  // borrowed
     if (!level || PyLong_AsLong(level) >= 0) return true;
-    return says_yes(PyObject_CallNoArgs(python.profiling));
+    return !is(Py_False, PyObject_CallNoArgs(python.profiling));
 }
 
 // Whether it is a plain strided tensor in memory, and no subclass.
