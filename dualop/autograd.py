@@ -127,17 +127,18 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        op = ctx.op
-        short = op is not _forward_op and op is not _backward_op
-        if short and op is not None:
-            found = op.backward(ctx.needs_input_grad, cotangents[0], *ctx.saved_tensors)
-            if found:
-                return found
+        op, tensors = ctx.op, ctx.saved_tensors  # read once: a checkpoint computes them then, and gives them out once
+        short = op is not _forward_op and op is not _backward_op and not is_compiling()
+        found = op.backward(ctx.needs_input_grad, cotangents[0], *tensors) if short and op is not None else False
+        if found:
+            return found
         needs = list(ctx.needs_input_grad[2:])
         if op is _backward_op:
-            wanted: Sequence[Tensor] = _second(ctx.arguments, cotangents, ctx.saved_tensors, needs)
+            wanted: Sequence[Tensor] = _second(ctx.arguments, cotangents, tensors, needs)
+        elif short and not torch.is_grad_enabled() and direct.unwatched((cotangents[0], *tensors)):
+            wanted = direct.backward(op if found is None else None, ctx.arguments, cotangents[0], tensors, needs)
         else:
-            wanted = _gradients(ctx, cotangents[0], needs, short)
+            wanted = _gradients(ctx.arguments, cotangents[0], tensors, needs)
         gradients = iter(wanted)
         return None, None, *[next(gradients) if need else None for need in needs]
 
@@ -169,12 +170,10 @@ def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any
     return tuple(op(tensors[0], tensors[1], tensors[2:], *arguments))
 
 
-def _gradients(ctx: Any, gy: Tensor, needs: list[bool], short: bool) -> Sequence[Tensor]:
+def _gradients(arguments: tuple[str, str], gy: Tensor, tensors: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
     """The derivative of the forward op: the gradients of those of (x, *operands) that `needs` asks for."""
-    tensors, (chain, backend) = ctx.saved_tensors, ctx.arguments
+    chain, backend = arguments
     x, operands = tensors[0], tensors[1:]
-    if short and not torch.is_grad_enabled() and direct.unwatched((gy, *tensors)):
-        return direct.backward(ctx.op, ctx.arguments, gy, tensors, needs)
     # torch.autograd.grad(is_grads_batched=True) is a vmap that knows no op with a list of results.
     if not is_compiling() and is_legacy_batchedtensor(gy):
         return reference_gradients(parse(chain), gy, x, operands, needs)

@@ -74,7 +74,7 @@ def forward(calls: Any, arguments: tuple[str, str], tensors: Sequence[Tensor]) -
 def backward(
     calls: Any, arguments: tuple[str, str], gy: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
 ) -> Sequence[Tensor]:
-    """The backend's gradients, unwatched; `calls` did not know how."""
+    """The backend's gradients, unwatched; `calls` do not know how yet, or are None."""
     backend, chain = registry.BACKENDS[arguments[1]], parse(arguments[0])
     if calls is None:
         return backend.backward(chain, gy, tensors[0], tensors[1:], needs)
