@@ -32,7 +32,7 @@ _MARK = "dualop-probe "
 def facts() -> dict[str, Any]:
     """The answers of `answer_all` in a child of this Python with this sys.path.
 
-    Keys "torch", "gpus", "triton", "backends"; a step that failed has `{"error": why}` instead, and so has the one in
+    Keys "torch", "gpus", "triton", "backends", "native"; a step that failed has `{"error": why}` instead, and so has the one in
     which the child died; the steps after that one are missing.
     """
     script = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from dualop import probe; probe.answer_all()"
@@ -100,7 +100,20 @@ def _backends() -> dict[str, Any]:
     return answers
 
 
-STEPS: dict[str, Callable[[], Any]] = {"torch": _torch, "gpus": _gpus, "triton": _triton, "backends": _backends}
+def _native() -> dict[str, Any]:
+    from dualop import native
+
+    built = native.on and native.extension().try_load() is not None
+    return {"on": native.on, "why": native.why_not, "built": built, "missing": native.missing()}
+
+
+STEPS: dict[str, Callable[[], Any]] = {
+    "torch": _torch,
+    "gpus": _gpus,
+    "triton": _triton,
+    "backends": _backends,
+    "native": _native,
+}
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ SECONDS = 120  # more than any compiler takes, so that a hanging one is given up
 known: dict[tuple[str, str], Any] = {}
 # The lock of Python is what keeps the records from being changed while they are read.
 on = os.environ.get("DUALOP_NATIVE", "1") not in ("", "0") and not sysconfig.get_config_var("Py_GIL_DISABLED")
-why_not = ""  # the extension is not there
+why_not = "" if on else "DUALOP_NATIVE=0"  # the extension is not there
 
 _module: Any = None
 _begun = False
@@ -67,6 +67,12 @@ def extension() -> Extension:
     own = [line for line in lines if line != "#pragma once" and '#include "' not in line]
     about = f"// {sysconfig.get_config_var('SOABI')} {' '.join(FLAGS)}"
     return Extension("native", "\n".join([about, *own, ""]), host=True)
+
+
+def missing() -> list[str]:
+    """What keeps this machine from compiling the extension, each with what to do about it."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return [*build.missing_tools(True), *([] if header.is_file() else [f"no {header}: install Python's headers"])]
 
 
 def calls(chain: str, requested: str, backend: str) -> Any:

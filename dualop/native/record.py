@@ -26,6 +26,11 @@ def number(word: Word) -> int:
     return word if isinstance(word, int) else 0 if word is None else word.data_ptr()
 
 
+def address(launcher: Any) -> int:
+    """Of a ctypes function."""
+    return ctypes.cast(launcher, ctypes.c_void_p).value or 0
+
+
 def recording() -> bool:
     """Whether this thread records a call."""
     return getattr(_here, "launches", None) is not None
@@ -34,8 +39,8 @@ def recording() -> bool:
 def launched(launcher: Any, words: Sequence[Word], stream: int, allowed: Callable[[], bool] | None = None) -> None:
     """Said by a backend of each launch: a ctypes function of a block of words, or its address, and these words."""
     if recording():
-        address = launcher if isinstance(launcher, int) else ctypes.cast(launcher, ctypes.c_void_p).value
-        _here.launches.append((address, words, stream, allowed))
+        at = launcher if isinstance(launcher, int) else address(launcher)
+        _here.launches.append((at, words, stream, allowed))
 
 
 def recorded(
@@ -79,14 +84,14 @@ def _record(
         tuple(buffers.values()),
         tuple(
             (
-                address,
+                function,
                 [0 if isinstance(word, Tensor) else number(word) for word in words],
                 [slot for slot, _ in pairs],
                 [places[id(t)] for _, t in pairs],
                 stream,
                 allowed,
             )
-            for (address, words, stream, allowed), pairs in zip(launches, used, strict=True)
+            for (function, words, stream, allowed), pairs in zip(launches, used, strict=True)
         ),
         tuple(made[id(next(given))] if wanted else -1 for wanted in order),
     )
