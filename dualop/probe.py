@@ -32,8 +32,8 @@ _MARK = "dualop-probe "
 def facts() -> dict[str, Any]:
     """The answers of `answer_all` in a child of this Python with this sys.path.
 
-    Keys "torch", "gpus", "triton", "backends", "native"; a step that failed has `{"error": why}` instead, and so has the one in
-    which the child died; the steps after that one are missing.
+    Keys "torch", "gpus", "triton", "backends", "native"; a step that failed has `{"error": why}` instead, and so has
+    the one in which the child died; the steps after that one are missing.
     """
     script = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from dualop import probe; probe.answer_all()"
     status, out, err = run([sys.executable, "-c", script, json.dumps(sys.path)], FACTS_SECONDS)
