@@ -87,11 +87,11 @@ def measure(
     rows: list[Row] = []
     functions = contestants(workload, list(backends), compiled, eager)
     if checked_rows is None:
-        checked_rows = _checked_rows(workload)
+        checked_rows = rows_to_check(workload)
     with functorch_config.patch(donated_buffer=False):  # a compiled backward may otherwise run only once
-        verdicts = _verdicts(workload, functions, seed, checked_rows, progress)
+        found = verdicts(workload, functions, seed, checked_rows, progress)
         for direction in (FORWARD, BACKWARD):
-            rows += _rows(workload, direction, functions, verdicts, seed, progress)
+            rows += _rows(workload, direction, functions, found, seed, progress)
     return rows
 
 
@@ -103,12 +103,13 @@ class Verdict:
     wrong: dict[str, str]
 
 
-def _verdicts(
+def verdicts(
     workload: Workload, functions: dict[str, Function], seed: int, rows: int | None, progress: Progress
 ) -> dict[str, Verdict]:
+    """What each function computes, on the first `rows` rows if given, against float64."""
     sample = workload.sample(seed, rows)
     exact = truth.truth(workload.chain, sample)
-    verdicts = {}
+    judged = {}
     for name, function in functions.items():
         progress(f"checking {name}")
         worst, wrong = {FORWARD: 0.0, BACKWARD: 0.0}, {}
@@ -117,7 +118,7 @@ def _verdicts(
             found = check.results(function, workload.chain.operands, sample, poison=name in BACKENDS)
         except Exception as error:
             note = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            verdicts[name] = Verdict({}, {FORWARD: note, BACKWARD: note})
+            judged[name] = Verdict({}, {FORWARD: note, BACKWARD: note})
             continue
         for quantity, value in found.items():
             direction = FORWARD if quantity == "y" else BACKWARD
@@ -128,12 +129,12 @@ def _verdicts(
             # Eager and torch.compile round between the stages: their error is shown, not judged.
             if name in BACKENDS and not result.ok:
                 wrong[direction] = f"wrong: {quantity}{list(result.where or ())} is {result.note}"
-        verdicts[name] = Verdict(worst, wrong)
+        judged[name] = Verdict(worst, wrong)
         del found
-    return verdicts
+    return judged
 
 
-def _checked_rows(workload: Workload) -> int | None:
+def rows_to_check(workload: Workload) -> int | None:
     """All rows if the float64 truth fits half of the free memory, or as many of the first ones as do."""
     if workload.device.type != "cuda":
         return None

@@ -62,17 +62,17 @@ def on_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def timed(calls: Calls, stream: torch.cuda.Stream | None) -> Timing:
+def timed(calls: Calls, stream: torch.cuda.Stream | None, budget_s: float = BUDGET_S) -> Timing:
     """Time the calls, which do the same on different data; `stream` is what `on_stream` gave (None: the CPU)."""
     if stream is None:
-        return _clocked(calls)
+        return _clocked(calls, budget_s)
     for _ in range(3):  # compile, tune, and fill the allocator
         for call in calls:
             call()
     rough = _events(calls, 2)
     rounds = max(1, math.ceil(SAMPLE_US / max(rough * len(calls), 0.1)))
     rounds = min(rounds, max(1, 512 // len(calls)))
-    samples = int(BUDGET_S * 1e6 / max(rough * len(calls) * rounds, 1.0))
+    samples = int(budget_s * 1e6 / max(rough * len(calls) * rounds, 1.0))
     samples = max(FEWEST_SAMPLES, min(MOST_SAMPLES, samples))
     method, note = "graph", ""
     try:
@@ -118,11 +118,11 @@ def _events(calls: Calls, rounds: int) -> float:
     return start.elapsed_time(end) * 1e3 / (rounds * len(calls))
 
 
-def _clocked(calls: Calls) -> Timing:
+def _clocked(calls: Calls, budget_s: float) -> Timing:
     for call in calls:
         call()
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < BUDGET_S * 1e6 and len(times) < MOST_SAMPLES):
+    while len(times) < 3 or (sum(times) < budget_s * 1e6 and len(times) < MOST_SAMPLES):
         start = time.perf_counter()
         for call in calls:
             call()

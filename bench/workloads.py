@@ -15,6 +15,7 @@ from dualop.backends.reference import evaluate
 from dualop.cases import DTYPES, OPERAND_FORMS, Case, Sample, sample
 from dualop.chains import Chain
 from dualop.errors import ShapeError
+from dualop.layout import Layout, layout
 
 EAGER, COMPILED, COPY, LAUNCH = "eager", "torch.compile", "copy", "empty launch"
 FORWARD, BACKWARD = "forward", "backward"
@@ -42,6 +43,13 @@ class Workload:
     def operand_forms(self) -> list[str]:
         """The form of each operand."""
         return [self.operands[i % len(self.operands)] for i in range(len(self.chain.operands))]
+
+    @property
+    def layout(self) -> Layout:
+        """That of a call with its samples."""
+        shapes = (self.shape, *(OPERAND_FORMS[form](self.shape) for form in self.operand_forms))
+        x, *operands = (torch.empty(shape, dtype=DTYPES[self.dtype], device="meta") for shape in shapes)
+        return layout(x, operands)
 
     def sample(self, seed: int, rows: int | None = None) -> Sample:
         """One set of inputs and a gy; only the first `rows` of x if given."""

@@ -1,5 +1,5 @@
-// The three kernels. A program (one block) covers a tile of blockDim.y * rows rows and blockDim.x * vec columns, and
-// makes `steps` such tiles, further down or, where a gradient is summed along rows, further to the right.
+// The three kernels. A program (one block) covers a tile of blockDim.y * rows rows and blockDim.x * vec columns; in
+// backward it makes `steps` such tiles, further down or, where a gradient is summed along rows, further to the right.
 #pragma once
 #include "view.cuh"
 
@@ -50,26 +50,24 @@ __global__ void __launch_bounds__(THREADS, P::Forward::blocks) forward_kernel(co
     using R = typename P::R;
     constexpr int rows = P::Forward::rows;
     const Walk<P::inputs, vec, rows> walk(a);
+    const Place<vec, rows> at = walk.tile(0);
     typename P::template Fragments<vec, typename P::Forward> in;
-    for (index_t step = 0; step < static_cast<index_t>(a.steps); step++) {
-        const Place<vec, rows> at = walk.tile(step);
-        in.load(a.in, at, step == 0 || walk.col_step != 0);
+    in.load(a.in, at, true);
 #pragma unroll
-        for (int u = 0; u < rows; u++) {
-            if (!at.ok[u]) continue;
-            R values[P::inputs][vec], y[vec];
-            in.values(u, values);
+    for (int u = 0; u < rows; u++) {
+        if (!at.ok[u]) continue;
+        R values[P::inputs][vec], y[vec];
+        in.values(u, values);
 #pragma unroll
-            for (int v = 0; v < vec; v++) {
-                R element[P::inputs];
+        for (int v = 0; v < vec; v++) {
+            R element[P::inputs];
 #pragma unroll
-                for (int i = 0; i < P::inputs; i++) element[i] = values[i][v];
-                y[v] = P::Stages::template forward<P::bits>(element[0], element);
-            }
-            Pack<typename P::Y, vec> pack;
-            pack.pack(y);
-            pack.store(static_cast<typename P::Y*>(a.y) + (at.row[u] * walk.cols + at.column));
+            for (int i = 0; i < P::inputs; i++) element[i] = values[i][v];
+            y[v] = P::Stages::template forward<P::bits>(element[0], element);
         }
+        Pack<typename P::Y, vec> pack;
+        pack.pack(y);
+        pack.store(static_cast<typename P::Y*>(a.y) + (at.row[u] * walk.cols + at.column));
     }
 }
 

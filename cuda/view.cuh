@@ -26,7 +26,7 @@ struct View {
     const void* data;
     word div, mod, row_stride, outer_stride;
     void* gradient;                      // of this input, or its partial sums, or null where nobody wants it
-    void* sum;                           // where the partial sums' sum goes, or null
+    void* sum;                           // where the partial sums' sum goes; null where there are none
     word outer, kept, inner, columns;    // the partial sums' shape; summed over outer and inner
 };
 
@@ -91,27 +91,34 @@ template <class I, int vec, int rows> struct Fragment {
     }
 };
 
-// Sums value[0..n) over a group of `count` (a power of two) threads whose numbers lie `unit` apart, in a fixed order.
-// The thread at `position` 0 has the sum afterwards.
+// Sums value[0..n) over a group of `count` (a power of two) threads whose numbers lie `unit` apart, in a fixed order: by
+// eights, since each step waits for all threads. The thread at `position` 0 has the sum afterwards.
 template <class R, int n> DUALOP_FUN void group_sum(R (&value)[n], int position, int count, int unit) {
     __shared__ R buffer[n][THREADS];
     const int me = threadIdx.y * blockDim.x + threadIdx.x;
     __syncthreads();  // the buffer may still be read by a sum before this one
 #pragma unroll
     for (int i = 0; i < n; i++) buffer[i][me] = value[i];
-    for (int half = count / 2; half > 0; half /= 2) {
+    for (int left = count; left > 1;) {
+        const int parts = left < 8 ? left : 8;
+        left /= parts;
         __syncthreads();
-        if (position < half) {
+        if (position < left) {
 #pragma unroll
-            for (int i = 0; i < n; i++) buffer[i][me] += buffer[i][me + half * unit];
+            for (int part = 1; part < 8; part++) {
+                if (part >= parts) break;
+#pragma unroll
+                for (int i = 0; i < n; i++) value[i] += buffer[i][me + part * left * unit];
+            }
+#pragma unroll
+            for (int i = 0; i < n; i++) buffer[i][me] = value[i];
         }
     }
-#pragma unroll
-    for (int i = 0; i < n; i++) value[i] = buffer[i][me];
 }
 
 // The gradient of one input: written row by row where it has the result's size, otherwise summed over the thread's
-// elements, then over the block, and left as one partial sum a program.
+// elements, then over the block, and left as one partial sum a program; where one program has all of a sum, as the
+// gradient itself.
 template <class I, int vec, int rows, class R> struct Gradient {
     static constexpr bool whole = (I::kind & FULL) == FULL;
     static constexpr int count = whole ? 1 : I::kind == COLUMN ? vec : I::kind & ROW ? rows : 1;
@@ -136,26 +143,36 @@ template <class I, int vec, int rows, class R> struct Gradient {
         pack.store(to);
     }
 
+    DUALOP_FUN static void leave(const View& view, index_t offset, R total) {
+        if (view.sum != nullptr) {
+            static_cast<R*>(view.gradient)[offset] = total;
+        } else {
+            const R one[1] = {total};
+            Pack<typename I::type, 1> pack;
+            pack.pack(one);
+            pack.store(static_cast<typename I::type*>(view.gradient) + offset);
+        }
+    }
+
     DUALOP_FUN void finish(const View& view, const Place<vec, rows>& at, index_t cols) {
         if constexpr (!whole) {
             if (view.gradient == nullptr) return;
-            R* out = static_cast<R*>(view.gradient);
             const int x = threadIdx.x, y = threadIdx.y;
             if constexpr (I::kind == COLUMN) {
                 if (blockDim.y > 1) group_sum(sum, y, blockDim.y, blockDim.x);
 #pragma unroll
                 for (int v = 0; v < vec; v++) {
-                    if (y == 0 && at.ok_column) out[row_program() * cols + at.column + v] = sum[v];
+                    if (y == 0 && at.ok_column) leave(view, row_program() * cols + at.column + v, sum[v]);
                 }
             } else if constexpr (I::kind & ROW) {
                 group_sum(sum, x, blockDim.x, 1);
 #pragma unroll
                 for (int u = 0; u < rows; u++) {
-                    if (x == 0 && at.ok[u]) out[at.row[u] * col_programs() + col_program()] = sum[u];
+                    if (x == 0 && at.ok[u]) leave(view, at.row[u] * col_programs() + col_program(), sum[u]);
                 }
             } else {
                 group_sum(sum, y * blockDim.x + x, blockDim.x * blockDim.y, 1);
-                if (x == 0 && y == 0) out[row_program() * col_programs() + col_program()] = sum[0];
+                if (x == 0 && y == 0) leave(view, row_program() * col_programs() + col_program(), sum[0]);
             }
         }
     }

@@ -129,7 +129,9 @@ class ChainFunction(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         op, tensors = ctx.op, ctx.saved_tensors  # read once: a checkpoint computes them then, and gives them out once
         short = op is not _forward_op and op is not _backward_op and not is_compiling()
-        found = op.backward(ctx.needs_input_grad, cotangents[0], *tensors) if short and op is not None else False
+        found: Any = False
+        if short and op is not None:
+            found = op.backward(ctx.needs_input_grad, cotangents[0], *tensors)
         if found:
             return found
         needs = list(ctx.needs_input_grad[2:])

@@ -88,6 +88,7 @@ def examine() -> Report:
             *_guarded("triton", lambda: _triton_rows(facts)),
             *_guarded("tools", lambda: _tool_rows(tools, facts)),
             *cache,
+            *_guarded("launches", lambda: _launch_rows(facts)),
             *_guarded("environment", _environment_rows),
             *_guarded("backends", lambda: _backend_rows(facts)),
             *_guarded("native", lambda: _native_rows(facts)),
@@ -254,6 +255,14 @@ def _contents(folder: Path) -> str:
             more = "more than "
             break
     return f"{more}{builds} {'build' if builds == 1 else 'builds'}, {more}{size / 2**20:.1f} MiB"
+
+
+def _launch_rows(facts: dict[str, Any]) -> Iterator[Row]:
+    if error := _error(facts, "tuned"):
+        yield Row("launches", error)
+        return
+    count, file = facts["tuned"]["launches"], facts["tuned"]["file"]
+    yield Row("launches", f"{count} found by `dualop tune`, {file}" if count else "by the heuristic")
 
 
 def _environment_rows() -> Iterator[Row]:

@@ -75,7 +75,9 @@ def cut(layout, backward, vector, sms):
     """The grid, and how many blocks and threads along x, y and z."""
     width = 16 // layout.dtype.itemsize if vector else 1
     cut = (BACKWARD if backward else FORWARD)[layout.dtype]
-    x = min(cut.across, power_of_two(ceil_div(layout.cols, width)))
+    if backward:
+        cut = TALL.fitted(cut, layout, sms)
+    x = min(cut.across if vector else max(cut.across, 32), power_of_two(ceil_div(layout.cols, width)))
     y = cut.threads // x
     tile = (y * cut.rows, x * width)
     grid = backward_grid(layout, *tile, sms, cut) if backward else forward_grid(layout, *tile)
@@ -131,12 +133,13 @@ def tail_backward(gy, inputs, needs):
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     words, partials = [], []
     for view, tensor, gradient in zip(layout.views, inputs, gradients):
-        # Where elements share an operand's element, each block leaves a partial sum, and a second kernel adds them up.
+        # Where elements share an operand's element, each block leaves a partial sum, and a second kernel adds them up;
+        # but where one block has all of a sum.
         shape = view.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs)
-        summed = gradient is not None and view.reduced
-        partials.append(torch.empty(math.prod(shape), dtype=wide, device=z.device) if summed else gradient)
+        parted = gradient is not None and view.reduced and shape[0] * shape[2] > 1
+        partials.append(torch.empty(math.prod(shape), dtype=wide, device=z.device) if parted else gradient)
         place = (tensor.data_ptr(), view.div, view.mod, view.row_stride, 0)
-        words += (*place, address(partials[-1]), address(gradient) if summed else 0, *shape)
+        words += (*place, address(partials[-1]), address(gradient) if parted else 0, *shape)
     launch("dualop_backward", layout, grid, blocks, vector, z.device, 0, gy.data_ptr(), words)
     return gradients
 '''
@@ -151,7 +154,7 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
     compiled = [f"    {dtype}: {_compiled(chain, plan, dtype)!r},".replace("'", '"') for dtype in DTYPES]
     filled = {
         "@SOURCE@": _source(chain, plan),
-        "@LAUNCH@": emit_launch.emitted(plan, cuda.FORWARD, cuda.BACKWARD),
+        "@LAUNCH@": emit_launch.emitted(plan, cuda.FORWARD, cuda.BACKWARD, cuda.TALL),
         "@COMPILED@": "\n".join(compiled),
     }
     text = _PYTHON

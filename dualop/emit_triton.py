@@ -76,7 +76,7 @@ def launch_sum(partial, out, shape, early):
 def tail_forward(inputs):
     z = inputs[0]
     layout, result = layout_of(z.shape, z.dtype), torch.empty_like(z)
-    cut = fitted(FORWARD[z.dtype], layout, z.device)
+    cut = FORWARD[z.dtype]
     grid = forward_grid(layout, *tile(layout, cut))
     launch(forward_kernel, layout, grid, cut, [result], inputs, BITS=BITS[z.dtype])
     return result
@@ -87,25 +87,26 @@ def tail_backward(gy, inputs, needs):
     z = inputs[0]
     layout = layout_of(z.shape, z.dtype)
     cut = (BACKWARD if any(view.reduced for view in layout.views) else FORWARD)[z.dtype]
-    cut = fitted(cut, layout, z.device)
+    cut = TALL.fitted(cut, layout, multiprocessors(z.device))
     grid = backward_grid(layout, *tile(layout, cut), multiprocessors(z.device), cut)
     # From compute capability 9.0 on, the sums' kernel is launched while the other one still runs.
     early = torch.cuda.get_device_properties(z.device).major >= 9
     gradients = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs)]
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     shapes = [view.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs) for view in layout.views]
-    # Where elements share an operand's element, each program leaves a partial sum. What nobody wants is not written; gy
-    # stands in for its address.
+    # Where elements share an operand's element, each program leaves a partial sum, but where one has all of a sum. What
+    # nobody wants is not written; gy stands in for its address.
+    parted = [view.reduced and shape[0] * shape[2] > 1 for view, shape in zip(layout.views, shapes)]
     written = [
-        gy if gradient is None else gradient if not view.reduced else gradient.new_empty(math.prod(shape), dtype=wide)
-        for view, gradient, shape in zip(layout.views, gradients, shapes)
+        gy if gradient is None else gradient.new_empty(math.prod(shape), dtype=wide) if parts else gradient
+        for gradient, parts, shape in zip(gradients, parted, shapes)
     ]
     wanted = sum(1 << i for i, need in enumerate(needs) if need)
     bits = max(BITS[z.dtype], BITS[torch.float16])  # a bfloat16 gradient takes float16's functions
     constants = {"NEEDS": wanted, "EARLY": early, "STAGES": @STAGES@, "BITS": bits}
     launch(backward_kernel, layout, grid, cut, [gy, *written], inputs, **constants)
-    for view, partial, gradient, shape in zip(layout.views, written, gradients, shapes):
-        if gradient is not None and view.reduced:
+    for parts, partial, gradient, shape in zip(parted, written, gradients, shapes):
+        if gradient is not None and parts:
             launch_sum(partial, gradient, shape, early)
     return gradients
 '''
@@ -142,8 +143,8 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
     filled = {
         "@SOURCE@": source,
         "@IMPORTS@": "".join(f"{line}\n" for line in library.imports(source)),
-        "@LAUNCH@": emit_launch.emitted(plan, triton.FORWARD, triton.BACKWARD),
-        "@COPIED@": re.sub(r"\bview\b", "layout", emit_launch.copied(triton._fitted, triton._tile, triton._mask)),
+        "@LAUNCH@": emit_launch.emitted(plan, triton.FORWARD, triton.BACKWARD, triton.TALL),
+        "@COPIED@": re.sub(r"\bview\b", "layout", emit_launch.copied(triton._tile, triton._mask)),
         "@STAGES@": str(triton.STAGES),
         "@NARROW@": str(plan.view.narrow),
     }

@@ -1,8 +1,19 @@
-"""How a layout is cut into programs: the same rule for both kernel languages, in tiles of rows and columns."""
+"""How a layout is cut into programs: the same rule for both kernel languages, in tiles of rows and columns.
+
+The heuristic, which knows the dtype, the shape and the number of multiprocessors (SMs):
+
+1. Each backend has a Cut for each dtype and direction (FORWARD and BACKWARD in `dualop/backends/`), as searched for on
+   large tensors. Where registers would not suffice, in long chains, `resident` is 1.
+2. `Tall.fitted`: where gradients are summed along the columns and there are few rows, a program takes all of them.
+3. `across` threads lie side by side as far as there are columns; those that are left lie along the rows.
+4. `forward_grid` has a program for each tile, `backward_grid` as many as sums of gradients want.
+
+What `dualop tune` found for a chain, dtype and shape (dualop/tuned.py) takes the place of 1 and 2.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -29,8 +40,7 @@ class Cut:
 
 
 TILES = 8  # of a program in backward
-
-
+TALL_THREADS = 256
 MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 
@@ -78,6 +88,32 @@ def forward_grid(layout: Layout, tile_rows: int, tile_cols: int) -> Grid:
     return Grid(tile_rows, tile_cols, _launchable(ceil_div(layout.rows, tile_rows)), ceil_div(layout.cols, tile_cols))
 
 
+def summed(layout: Layout) -> set[int]:
+    """Along what gradients are summed: COLUMN where there is one for each column, ROW, or 0 for a single number."""
+    return {v.kind & FULL for v in layout.views if v.reduced and (v.kind & FULL) != FULL}
+
+
+@dataclass(frozen=True)
+class Tall:
+    """Tall and narrow tiles for a backward, `bytes` of a row wide, where a program can take all rows of its columns.
+
+    Then no partial sums are left to add up, and there is one launch instead of two. That pays where a program has few
+    tiles, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy.
+    """
+
+    bytes: int
+    tiles: int
+
+    def fitted(self, cut: Cut, layout: Layout, multiprocessors: int) -> Cut:
+        """`cut`, or its tall form where that pays."""
+        kinds, across = summed(layout), self.bytes // 16
+        tiles = ceil_div(layout.rows, cut.rows * TALL_THREADS // across)
+        programs = ceil_div(layout.cols * layout.dtype.itemsize, self.bytes)
+        if COLUMN not in kinds or ROW in kinds or tiles > self.tiles or tiles * multiprocessors > 16 * programs:
+            return cut
+        return replace(cut, threads=TALL_THREADS, across=across, least=0)
+
+
 def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessors: int, cut: Cut) -> Grid:
     """Few programs where gradients are summed, so that few partial sums are left to add up: each sums TILES tiles.
 
@@ -86,7 +122,7 @@ def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessor
     where both are wanted it makes a single tile.
     """
     rows, cols = ceil_div(layout.rows, tile_rows), ceil_div(layout.cols, tile_cols)
-    kinds = {v.kind & FULL for v in layout.views if v.reduced and (v.kind & FULL) != FULL}
+    kinds = summed(layout)
     if not kinds or {ROW, COLUMN} <= kinds:
         return Grid(tile_rows, tile_cols, _launchable(rows), cols)
     least, most = (n * multiprocessors for n in (cut.least, cut.most))

@@ -121,9 +121,13 @@ class Layout:
             return torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
-    def partial(self, index: int, row_programs: int, col_programs: int, device: torch.device) -> Tensor:
-        """Uninitialised memory for the partial sums of input `index`, one for each program or row."""
-        shape = self.views[index].sum_shape(self.rows, self.cols, row_programs, col_programs)
+    def partial(self, index: int, row_programs: int, col_programs: int, device: torch.device) -> Tensor | None:
+        """Uninitialised memory for the partial sums of input `index`, one for each program or row; None if there are
+        none: nothing is summed, or one program has all of a sum and writes the gradient itself."""
+        view = self.views[index]
+        shape = view.sum_shape(self.rows, self.cols, row_programs, col_programs)
+        if not view.reduced or (shape[0] * shape[2] == 1 and not view.expanded):
+            return None
         return torch.empty(math.prod(shape), dtype=self.accumulator, device=device)
 
     def finished(

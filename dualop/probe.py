@@ -32,8 +32,8 @@ _MARK = "dualop-probe "
 def facts() -> dict[str, Any]:
     """The answers of `answer_all` in a child of this Python with this sys.path.
 
-    Keys "torch", "gpus", "triton", "backends", "native"; a step that failed has `{"error": why}` instead, and so has
-    the one in which the child died; the steps after that one are missing.
+    Keys "torch", "gpus", "triton", "backends", "tuned", "native"; a step that failed has `{"error": why}` instead, and
+    so has the one in which the child died; the steps after that one are missing.
     """
     script = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from dualop import probe; probe.answer_all()"
     status, out, err = run([sys.executable, "-c", script, json.dumps(sys.path)], FACTS_SECONDS)
@@ -100,6 +100,15 @@ def _backends() -> dict[str, Any]:
     return answers
 
 
+def _tuned() -> dict[str, Any]:
+    import torch
+
+    from dualop import tuned
+
+    file, launches = tuned.kept(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return {"file": str(file), "launches": launches}
+
+
 def _native() -> dict[str, Any]:
     from dualop import native
 
@@ -112,6 +121,7 @@ STEPS: dict[str, Callable[[], Any]] = {
     "gpus": _gpus,
     "triton": _triton,
     "backends": _backends,
+    "tuned": _tuned,
     "native": _native,
 }
 

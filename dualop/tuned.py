@@ -1,9 +1,10 @@
 """What `dualop tune` found, kept on disk: the launch that was fastest, by GPU, software, chain, dtype and shape.
 
-    launch = tuned.lookup(tuned.subject("triton", chain, view, "forward"), device, Cut)   # a Cut, or None
+    cut = tuned.chosen("triton", chain, view, "forward", device, cut)   # what was found, or the same cut
 
-One JSON file for each GPU and software (versions of torch and triton, and the text of the kernels) in the folder
-`tune/` of the cache. It is read once in a process, when the first launch is chosen. A file that cannot be read is
+The backends ask when they plan a launch. One JSON file for each GPU and software (versions of torch and triton, and the
+text of the kernels) in the folder `tune/` of the cache. It is read once in a process, when the first launch is chosen;
+where there is none for the GPU, not even the kernels' text is read. A file that cannot be read is
 ignored with a warning, and written anew by the next `keep`; any of them may be deleted at any time.
 """
 
@@ -61,16 +62,21 @@ def subject(backend: str, chain: Chain, view: Layout, direction: str) -> Subject
 
 def lookup(what: Subject, device: torch.device, kind: type[C]) -> C | None:
     """The launch found for it, an instance of the dataclass `kind`, or None; within `trying` the one being tried."""
-    if _tried and _tried[-1][0] == what:
-        tried = _tried[-1][1]
-        return tried if isinstance(tried, kind) else None
-    entry = _read(_file(device)).get(str(what))
+    for tried, launch in reversed(_tried):
+        if tried == what:
+            return launch if isinstance(launch, kind) else None
+    entry = _read(_folder(), _name(device)).get(str(what))
     if entry is None:
         return None
     try:
         return kind(**entry["launch"])
     except (KeyError, TypeError):  # of another version: its fields have changed
         return None
+
+
+def chosen(backend: str, chain: Chain, view: Layout, direction: str, device: torch.device, default: C) -> C:
+    """The launch found for a call, or the `default`, a dataclass too."""
+    return lookup(subject(backend, chain, view, direction), device, type(default)) or default
 
 
 def keep(what: Subject, device: torch.device, launch: Any, microseconds: float, before: float) -> Path:
@@ -99,6 +105,22 @@ def keep(what: Subject, device: torch.device, launch: Any, microseconds: float, 
     return file
 
 
+def forget(device: torch.device) -> list[Path]:
+    """Delete all that was kept for this GPU, with any software; gives the files."""
+    files = sorted(_folder().glob(f"{_name(device)}_*.json"))
+    for file in files:
+        file.unlink(missing_ok=True)
+    _read.cache_clear()
+    _changed()
+    return files
+
+
+def kept(device: torch.device) -> tuple[Path, int]:
+    """The file for this GPU and software, whether it is there or not, and how many launches are found in it."""
+    file = _file(device)
+    return file, len(_entries(file) or {})
+
+
 _tried: list[tuple[Subject, object]] = []
 _listeners: list[Callable[[], object]] = []
 
@@ -110,7 +132,7 @@ def on_change(forget: Callable[[], object]) -> None:
 
 @contextmanager
 def trying(what: Subject, launch: object) -> Iterator[None]:
-    """Within it, in this process, `lookup` gives `launch` for this subject."""
+    """Within it, in this process, `lookup` gives `launch` for this subject. Several may be tried at once."""
     _tried.append((what, launch))
     _changed()
     try:
@@ -125,9 +147,18 @@ def _changed() -> None:
         forget()
 
 
+def _folder() -> Path:
+    return build.cache_folder() / "tune"
+
+
+def _name(device: torch.device) -> str:
+    """The GPU's, fit for a file's name."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub("[^A-Za-z0-9]+", "-", gpu)
+
+
 def _file(device: torch.device) -> Path:
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return build.cache_folder() / "tune" / f"{re.sub('[^A-Za-z0-9]+', '-', gpu)}_{_software()}.json"
+    return _folder() / f"{_name(device)}_{_software()}.json"
 
 
 @lru_cache(maxsize=1)
@@ -148,8 +179,11 @@ def _triton() -> str:
 
 
 @lru_cache(maxsize=None)
-def _read(file: Path) -> dict[str, dict[str, Any]]:
-    """What a file holds; once in a process."""
+def _read(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """What is kept for a GPU; read once in a process."""
+    if not any(folder.glob(f"{name}_*.json")):  # so that the first call of most people digests no sources
+        return {}
+    file = folder / f"{name}_{_software()}.json"
     found = _entries(file)
     if found is None:
         warnings.warn(f"{file} cannot be read and is ignored; `dualop tune` writes it anew", stacklevel=2)

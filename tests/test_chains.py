@@ -145,7 +145,7 @@ REFUSED = [
     "add(tanh(x))",
     "add('b)",
     "add(b')",
-    'add("b\')',
+    "add(\"b')",
     'add("b c")',
     'add("b\\"")',
     "add(é)",

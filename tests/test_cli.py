@@ -65,7 +65,7 @@ def wrong(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["bench"], ["check"], ["doctor"], ["emit"], ["show"], ["stages"], ["verify"]], ids=str
+    "command", [[], ["bench"], ["check"], ["doctor"], ["emit"], ["show"], ["stages"], ["tune"], ["verify"]], ids=str
 )
 def test_help_is_quick_and_does_not_import_torch(command):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

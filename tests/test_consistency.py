@@ -212,6 +212,8 @@ FORMS = [
     default("full, folded and one more", d(16385), d(16385)),
     default("folded and one more, scalar", d(8193), d()),
     default("many rows, partial sums", d(3001, 8), d(8)),
+    default("many rows, partial sums of bfloat16", d(2100, 72), d(72), dtypes=(BF16,)),
+    default("many rows, partial sums, odd", d(2100, 37), d(37), dtypes=(F16,)),
     default("large primes", d(211, 307), d(307)),
     default("x smaller than the operand", d(7), d(5, 7)),
     default("both broadcast", d(6, 1), d(1, 40)),

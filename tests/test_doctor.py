@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
-from dualop import build, doctor, probe
+from dualop import build, doctor, probe, tuned
+from dualop.launch import Cut
 
 NVIDIA_SMI = probe.nvidia_smi
 
@@ -37,6 +39,7 @@ def without_probe(monkeypatch):
         "gpus": [],
         "triton": {"version": "3.9.0", "file": "/site/triton/__init__.py"},
         "backends": {"reference": {"reasons": [], "interpreted": False}},
+        "tuned": {"file": "/cache/tune/gpu.json", "launches": 0},
         "native": {"on": True, "why": "", "built": True, "missing": []},
     }
     monkeypatch.setattr(probe, "facts", lambda: facts)
@@ -72,7 +75,6 @@ def test_this_machine():
     began = time.monotonic()
     report = doctor.examine()
     took = time.monotonic() - began
-    import torch
 
     assert report["torch"].found.startswith(torch.__version__)
     assert report["GPU"].found == "none" and "DUALOP_INTERPRET=1" in report["GPU"].advice
@@ -99,6 +101,16 @@ def test_a_backend_that_does_not_run_says_why():
         assert rows[f"backend {name}"]["found"] == "does not run here"
         assert len(rows[f"backend {name}"]["advice"]) > 10
     assert rows["backend reference"] == {"item": "backend reference", "found": "runs here", "advice": ""}
+
+
+def test_launches_that_were_kept_are_counted(without_probe, tmp_path, monkeypatch):
+    assert doctor.examine()["launches"].found == "by the heuristic"
+    without_probe["tuned"]["launches"] = 3
+    assert doctor.examine()["launches"].found == "3 found by `dualop tune`, /cache/tune/gpu.json"
+    monkeypatch.setenv("DUALOP_CACHE_DIR", str(tmp_path))
+    subject = tuned.Subject("cuda", "forward", "float32", "8x8", "3", "relu")
+    file = tuned.keep(subject, torch.device("cpu"), Cut(1, 64, 64, 4), 1.0, 2.0)
+    assert probe.STEPS["tuned"]() == {"file": str(file), "launches": 1}
 
 
 def test_no_tools_at_all(without_probe, bin_folder):
@@ -216,7 +228,6 @@ def test_a_gpu(without_probe, bin_folder, monkeypatch):
 
 @pytest.mark.gpu
 def test_this_gpu(monkeypatch):
-    import torch
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     report = doctor.examine()

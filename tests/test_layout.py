@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dualop
 from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
-from dualop.launch import MOST_PROGRAMS, TILES, Cut, Grid, backward_grid, forward_grid, power_of_two
+from dualop.launch import MOST_PROGRAMS, TILES, Cut, Grid, Tall, backward_grid, forward_grid, power_of_two
 from dualop.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -109,7 +109,8 @@ def partial_sums(view: Layout, index: int, grid: Grid, g: Tensor) -> Tensor:
     tile_row, tile_column = row // grid.tile_rows, column // grid.tile_cols
     row_program = tile_row % grid.row_programs if grid.row_step else tile_row
     column_program = tile_column % grid.col_programs if grid.col_step else tile_column
-    out = view.partial(index, grid.row_programs, grid.col_programs, torch.device("cpu")).fill_(torch.nan)
+    shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
+    out = torch.full((math.prod(shape),), torch.nan, dtype=view.accumulator)
     if v.kind & FULL == FULL:
         at = row * view.cols + column
     elif v.kind & COLUMN:
@@ -131,10 +132,14 @@ def gradients(view: Layout, tensors: Sequence[Tensor], grid: Grid, g: Tensor) ->
     partials: list[Tensor | None] = []
     for i, (v, tensor) in enumerate(zip(view.views, tensors, strict=True)):
         out = None if v.expanded else view.gradient(i, tensor, torch.device("cpu"))
-        partial = partial_sums(view, i, grid, g) if v.reduced else None
-        if out is not None and partial is None:
+        partial = view.partial(i, grid.row_programs, grid.col_programs, torch.device("cpu"))
+        if out is not None and not v.reduced:
             out.as_strided((view.total,), (1,)).copy_(g)
-        elif out is not None and partial is not None:
+        elif out is not None and partial is None:
+            out.as_strided((out.numel(),), (1,)).copy_(partial_sums(view, i, grid, g))
+        elif partial is not None:
+            partial.copy_(partial_sums(view, i, grid, g))
+        if out is not None and partial is not None:
             shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
             assert math.prod(shape) == partial.numel()
             out.as_strided((out.numel(),), (1,)).copy_(partial.double().reshape(shape).sum((0, 2)).flatten())
@@ -366,6 +371,38 @@ def test_grids_cover_everything(shape: tuple[int, ...], kinds: list[str], tile: 
         assert not any(v.reduced and v.kind & FULL == ROW for v in view.views)
     if backward.col_step and backward.steps > 1:
         assert not any(v.reduced and v.kind & FULL == COLUMN for v in view.views)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kinds", "is_tall"),
+    [
+        ((128, 512), torch.bfloat16, ["column"], True),
+        ((1024, 8192), torch.float32, ["column"], True),
+        ((1024, 8192), torch.float32, ["column", "full", "scalar"], True),
+        ((1025, 8192), torch.float32, ["column"], False),  # more tiles than eight
+        ((1024, 256), torch.float32, ["column"], False),  # too few programs for as many tiles
+        ((128, 512), torch.bfloat16, ["column", "row"], False),
+        ((128, 512), torch.bfloat16, ["row"], False),
+        ((128, 512), torch.bfloat16, ["scalar"], False),
+        ((128, 512), torch.bfloat16, [], False),
+    ],
+    ids=str,
+)
+def test_tall_tiles_leave_no_partial_sums(
+    shape: tuple[int, ...], dtype: torch.dtype, kinds: list[str], is_tall: bool
+) -> None:
+    of = {"column": shape[-1:], "row": (*shape[:-1], 1), "scalar": (), "full": shape}
+    view = layout(meta(*shape, dtype=dtype), [meta(*of[kind], dtype=dtype) for kind in kinds])
+    cut = Cut(rows=2, threads=128, across=32, resident=1)
+    found = Tall(bytes=64, tiles=8).fitted(cut, view, 132)
+    assert (found is not cut) == is_tall
+    if is_tall:
+        wide = 16 // dtype.itemsize
+        tile = (found.rows * found.threads // found.across, found.across * wide)
+        grid = backward_grid(view, *tile, 132, found)
+        covered(view, grid)
+        assert grid.row_programs == 1 and grid.steps <= 8 and grid.tile_cols * dtype.itemsize == 64
+        assert view.partial(1, grid.row_programs, grid.col_programs, torch.device("cpu")) is None
 
 
 def test_partial_sums_are_few() -> None:

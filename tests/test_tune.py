@@ -83,6 +83,18 @@ def test_only_the_fastest_few_are_timed_again():
     assert set(again) == {*launches[: tune.FINALISTS], Launch(20)} and len(again) == 5 * tune.ROUNDS
 
 
+def test_neighbours_of_the_fastest_are_tried_once():
+    seen, steps = [], []
+    near = lambda best: [Launch(best.warps, 2), Launch(best.warps, 4), best]
+    times = {1: 30.0, 2: 20.0, 4: 25.0}
+    time = lambda c: seen.append(c) or times[c.warps] / c.rows
+    result = tune.search(Launch(1), [Launch(2), Launch(4)], time, lambda *a: steps.append(a), near)
+    assert result.best == Launch(2, 4) and result.microseconds == 5.0 and result.before == 30.0
+    assert seen[:5] == [Launch(1), Launch(2), Launch(4), Launch(2, 2), Launch(2, 4)]
+    assert steps == [(1, 3), (2, 3), (3, 3), (4, 5), (5, 5)] and result.tried == 5
+    assert result.first[Launch(2, 2)] == 10.0
+
+
 def test_a_candidate_that_fails_is_left_out_and_the_present_one_raises():
     def time(launch):
         if launch.warps == 2:
@@ -168,13 +180,43 @@ def test_another_gpu_or_software_has_another_file(folder, monkeypatch):
     assert re.fullmatch(r"NVIDIA-H200_[0-9a-f]{12}\.json", tuned.keep(subject(), first, Launch(8), 1.0, 2.0).name)
     assert tuned.lookup(subject(), first, Launch) == Launch(8) and tuned.lookup(subject(), second, Launch) is None
     tuned._software.cache_clear()
+    tuned._read.cache_clear()
     monkeypatch.setattr(tuned, "_triton", lambda: "9.9")
     assert tuned.lookup(subject(), first, Launch) is None
     tuned._software.cache_clear()
 
 
+def test_where_nothing_is_kept_no_source_is_read(monkeypatch):
+    digested = []
+    monkeypatch.setattr(tuned, "_software", lambda: digested.append(1) or "0")
+    assert tuned.lookup(subject(), CPU, Launch) is None and not digested
+    tuned.keep(subject(), CPU, Launch(8), 1.0, 2.0)
+    digested.clear()
+    for _ in range(3):
+        assert tuned.lookup(subject(), CPU, Launch) == Launch(8)
+    assert len(digested) == 1
+
+
+def test_forgetting_leaves_other_gpus(folder, monkeypatch):
+    names = {"cuda:0": "NVIDIA H200", "cuda:1": "NVIDIA H200 NVL"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[str(device)])
+    first, second = map(torch.device, names)
+    file = tuned.keep(subject(), first, Launch(8), 1.0, 2.0)
+    old = folder / "NVIDIA-H200_0123456789ab.json"  # of other software
+    old.write_text("{}")
+    tuned.keep(subject(), second, Launch(4), 1.0, 2.0)
+    assert tuned.kept(first) == (file, 1)
+    told = []
+    tuned.on_change(forget := lambda: told.append(1))
+    assert sorted(tuned.forget(first)) == sorted([file, old]) and told
+    tuned._listeners.remove(forget)
+    assert tuned.lookup(subject(), first, Launch) is None and tuned.lookup(subject(), second, Launch) == Launch(4)
+    assert tuned.forget(first) == [] and tuned.kept(first) == (file, 0)
+
+
 def test_the_software_is_that_of_the_kernels(monkeypatch, tmp_path):
     tuned._software.cache_clear()
+    tuned.keep(subject(), CPU, Launch(8), 1.0, 2.0)
     before = tuned._software()
     changed = tmp_path / "kernels"
     changed.mkdir()
@@ -182,7 +224,8 @@ def test_the_software_is_that_of_the_kernels(monkeypatch, tmp_path):
     folder = tuned.sources.folder
     monkeypatch.setattr(tuned.sources, "folder", lambda name: changed if name == "cuda" else folder(name))
     tuned._software.cache_clear()
-    assert tuned._software() != before
+    tuned._read.cache_clear()  # as in another process
+    assert tuned._software() != before and tuned.lookup(subject(), CPU, Launch) is None
     tuned._software.cache_clear()
 
 
@@ -246,7 +289,6 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("DUALOP_CACHE_DIR", str(blocked))
-    with pytest.warns(UserWarning, match="ignored"):
-        assert tuned.lookup(subject(), CPU, Launch) is None
+    assert tuned.lookup(subject(), CPU, Launch) is None
     with pytest.raises(BackendUnavailable, match="DUALOP_CACHE_DIR"):
         tuned.keep(subject(), CPU, Launch(8), 1.0, 2.0)

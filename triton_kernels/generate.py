@@ -24,7 +24,7 @@ import triton.language as tl
 from {package} import stages
 from {package}.math import number
 from {package}.platform import count, let_next_kernel_begin
-from {package}.tile import add, inside, place, programs, read, write, write_partial, zeros
+from {package}.tile import add, inside, place, programs, read, write, write_sum, zeros
 '''
 
 
@@ -111,16 +111,16 @@ def _kernels(kinds: Sequence[int]) -> tuple[str, str]:
         *reads,
     ]
     whole = [kind & 3 == 3 for kind in kinds]
-    sums = [f"sum{i} = zeros({kinds[i]}, BLOCK_ROWS, BLOCK_COLS, BITS)" for i in count if not whole[i]]
+    sums = [f"sum{i} = zeros(BLOCK_ROWS, BLOCK_COLS, BITS)" for i in count if not whole[i]]
     gradients = ", ".join(f"d{i}" for i in count)
     gather, finish = [], []
     for i, kind in enumerate(kinds):
         if whole[i]:
             gather += [f"if NEEDS & {1 << i}:", f"    write(g{i}, row * cols + column, d{i}, mask)"]
         else:
-            gather += [f"if NEEDS & {1 << i}:", f"    sum{i} = add(sum{i}, d{i}, mask, {kind})"]
+            gather += [f"if NEEDS & {1 << i}:", f"    sum{i} = add(sum{i}, d{i}, mask)"]
             where = "row, column, rows, cols, row_program, col_program"
-            finish += [f"if NEEDS & {1 << i}:", f"    write_partial(g{i}, sum{i}, {where}, {kind})"]
+            finish += [f"if NEEDS & {1 << i}:", f"    write_sum(g{i}, sum{i}, {where}, {kind})"]
     if finish:
         finish.insert(0, "row, column = place(first_row, first_column, BLOCK_ROWS, BLOCK_COLS)")
     outs = ", ".join(f"g{i}" for i in count)

@@ -85,37 +85,31 @@ def write(pointer, offset, value, mask):
 
 
 @triton.jit
-def zeros(KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BITS: tl.constexpr):
-    """The sum of no gradients: one for each column, whose elements are one thread's, otherwise one for each element."""
+def zeros(BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BITS: tl.constexpr):
+    """The sum of no gradients, one for each element of a tile: threads meet only when all tiles are done."""
     dtype: tl.constexpr = tl.float64 if BITS == 53 else tl.float32
-    if COLUMN & KIND:
-        return tl.zeros([1, BLOCK_COLS], dtype)
-    else:
-        return tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype)
+    return tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype)
 
 
 @triton.jit
-def add(sums, gradient, mask, KIND: tl.constexpr):
+def add(sums, gradient, mask):
     if mask is not None:
         gradient = tl.where(mask, gradient, 0.0)
-    if COLUMN & KIND:
-        return sums + tl.sum(gradient, axis=0, keep_dims=True)
-    else:
-        return sums + gradient
+    return sums + gradient
 
 
 @triton.jit
-def write_partial(pointer, sums, row, column, rows, cols, row_program, col_program, KIND: tl.constexpr):
-    """Leave a program's partial sums where the sum kernel finds them."""
+def write_sum(pointer, sums, row, column, rows, cols, row_program, col_program, KIND: tl.constexpr):
+    """Leave a program's partial sums where the sum kernel finds them, or the gradient where it has all of a sum."""
     if COLUMN & KIND:
-        tl.store(pointer + row_program * cols + column, sums, column < cols)
+        write(pointer, row_program * cols + column, tl.sum(sums, axis=0, keep_dims=True), column < cols)
     elif ROW & KIND:
         place = row * tl.num_programs(0) + col_program
-        tl.store(pointer + place, tl.sum(sums, axis=1, keep_dims=True), row < rows)
+        write(pointer, place, tl.sum(sums, axis=1, keep_dims=True), row < rows)
     else:
         total = tl.sum(tl.sum(sums, axis=1, keep_dims=True), axis=0, keep_dims=True)
         place = row_program * tl.num_programs(0) + col_program
-        tl.store(pointer + place + tl.zeros([1, 1], tl.int32), total)
+        write(pointer, place + tl.zeros([1, 1], tl.int32), total, None)
 
 
 @triton.jit

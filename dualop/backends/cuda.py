@@ -11,18 +11,18 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualop import build
+from dualop import build, tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
-from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
 from dualop.native.record import Word, launched, number
 from dualop.ranges import Step, steps
@@ -30,19 +30,17 @@ from dualop.slopes import Slope, is_curved
 from dualop.sources import cuda_header
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
-# Searched for on an H200 with the default chain (bench/NOTES.md). 16 elements a thread; float16, whose arithmetic takes
-# longer, has more of them to share what a thread does once.
+# Searched for on an H100 with the default chain (bench/NOTES.md). Forward hides the wait for memory by many threads
+# with one access each; in backward, large blocks leave few partial sums, 32 threads side by side read whole rows.
 FORWARD = {
-    torch.bfloat16: Cut(rows=2, threads=128, across=128, resident=6),
-    torch.float16: Cut(rows=4, threads=128, across=128, resident=4),
-    torch.float32: Cut(rows=4, threads=128, across=128, resident=4),
-    torch.float64: Cut(rows=4, threads=128, across=128, resident=1),
+    **dict.fromkeys(DTYPES, Cut(rows=1, threads=128, across=128, resident=8)),
+    torch.float64: Cut(rows=1, threads=128, across=128, resident=1),
 }
-# Few rows of many threads in flight; threads are 32 side by side, so that there are few partial sums.
 BACKWARD = {
-    **dict.fromkeys(DTYPES, Cut(rows=2, threads=128, across=32, resident=4)),
-    torch.float64: Cut(rows=2, threads=128, across=32, resident=1),
+    **dict.fromkeys(DTYPES, Cut(rows=2, threads=256, across=32, resident=3)),
+    torch.float64: Cut(rows=2, threads=256, across=32, resident=1),
 }
+TALL = Tall(bytes=32, tiles=2)
 
 STREAM = 6  # its place among a launch's words
 
@@ -50,11 +48,13 @@ _missing_tools = lru_cache(maxsize=2)(build.missing_tools)
 
 # The result's dtype, the inputs' dtypes and kinds, and whether 32 bits hold every index.
 Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...], bool]
+Cuts = tuple[Cut, Cut]  # of the forward and the backward kernel
 
 
-def source(chain: Chain, signature: Signature, host: bool) -> str:
+def source(chain: Chain, signature: Signature, host: bool, cuts: Cuts | None = None) -> str:
     """The whole text that is compiled: the kernels, the chain as a type, and the exported launchers.
 
+    Of `cuts`, by default the heuristic's, the rows and the registers are compiled in; the threads come with a launch.
     A slope has a library of its own, so that a chain which nobody differentiates twice is not compiled for it.
     """
     dtype, inputs, narrow = signature
@@ -65,13 +65,11 @@ def source(chain: Chain, signature: Signature, host: bool) -> str:
     )
     stages = ",\n    ".join(_stage(step, sloped) for step in steps(chain))
     kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
-    # Long chains, many inputs and slopes need more registers than `resident` leaves: they would spill.
-    short = len(steps(chain)) + len(inputs) < 8 and not sloped
-    cuts = ", ".join(f"Cut<{c.rows}, {c.resident if short else 1}>" for c in (FORWARD[dtype], BACKWARD[dtype]))
+    compiled = ", ".join(f"Cut<{c.rows}, {c.resident}>" for c in cuts or _untuned(chain, dtype, len(inputs)))
     return (
         f"namespace dualop {{ using index_t = {index}; }}\n{cuda_header(header, host)}\n"
         f"// {chain}\nnamespace dualop {{\nusing TheChain = {form}<\n    {stages}>;\n"
-        f"using TheProblem = Problem<TheChain, {cuts}, {C_TYPES[dtype]}{kinds}>;\n}}\n"
+        f"using TheProblem = Problem<TheChain, {compiled}, {C_TYPES[dtype]}{kinds}>;\n}}\n"
         f"{exported}(dualop::TheProblem)\n"
     )
 
@@ -100,10 +98,29 @@ def _kind(kind: int) -> str:
     return " | ".join((*names, *more)) or "0"
 
 
-def _build(chain: Chain, signature: Signature, device: torch.device) -> build.Build:
+def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) -> Cut:
+    """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
+    forward, backward = _untuned(chain, view.dtype, len(view.views))
+    return TALL.fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
+
+
+def _untuned(chain: Chain, dtype: torch.dtype, inputs: int) -> Cuts:
+    forward, backward = FORWARD[dtype], BACKWARD[dtype]
+    # Long chains, many inputs and slopes need more registers than `resident` leaves: they would spill.
+    if len(steps(chain)) + inputs < 8 and not isinstance(chain, Slope):
+        return forward, backward
+    return replace(forward, resident=1), replace(backward, resident=1)
+
+
+def _cuts(chain: Chain, view: Layout, device: torch.device) -> Cuts:
+    chosen = lambda way: tuned.chosen("cuda", chain, view, way, device, heuristic(chain, view, way, device))
+    return chosen("forward"), chosen("backward")
+
+
+def _build(chain: Chain, signature: Signature, device: torch.device, cuts: Cuts) -> build.Build:
     host = device.type == "cpu"
     arch = None if host else torch.cuda.get_device_capability(device)
-    return build.Build("host" if host else "cuda", source(chain, signature, host), host, arch)
+    return build.Build("host" if host else "cuda", source(chain, signature, host, cuts), host, arch)
 
 
 def _signature(view: Layout, dtypes: Iterable[torch.dtype]) -> Signature:
@@ -120,8 +137,9 @@ def prepare(calls: Iterable[tuple[Chain, Tensor, Sequence[Tensor]]], progress: A
 
     wanted: dict[build.Build, None] = {}
     for chain, x, operands in calls:
-        signature = _signature(layout(x, operands), [t.dtype for t in (x, *operands)])
-        wanted[_build(chain, signature, device_of(x, operands))] = None
+        view, device = layout(x, operands), device_of(x, operands)
+        signature = _signature(view, [t.dtype for t in (x, *operands)])
+        wanted[_build(chain, signature, device, _cuts(chain, view, device))] = None
     missing = [w for w in wanted if w.try_load() is None]
     if not missing:
         return
@@ -140,6 +158,7 @@ class Plan:
 
     library: ctypes.CDLL
     view: Layout
+    cuts: Cuts
     wide: int
     fixed: dict[tuple[bool, bool], tuple[Grid, tuple[int, ...]]] = field(default_factory=dict)
 
@@ -148,8 +167,9 @@ class Plan:
         known = self.fixed.get((backward, vector))
         if known is None:
             width = self.wide if vector else 1
-            cut = (BACKWARD if backward else FORWARD)[self.view.dtype]
-            x = min(cut.across, power_of_two(-(-self.view.cols // width)))
+            cut = self.cuts[backward]
+            across = cut.across if vector else max(cut.across, 32)
+            x = min(across, power_of_two(-(-self.view.cols // width)))
             y = cut.threads // x
             tile = (y * cut.rows, x * width)
             if backward:
@@ -162,11 +182,15 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def _plan(chain: Chain, view: Layout, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Plan:
-    library = _build(chain, _signature(view, dtypes), device).load()
+    cuts = _cuts(chain, view, device)
+    library = _build(chain, _signature(view, dtypes), device, cuts).load()
     for launcher in [library.dualop_backward] + ([] if isinstance(chain, Slope) else [library.dualop_forward]):
         launcher.argtypes, launcher.restype = [ctypes.c_char_p], ctypes.c_int
     library.dualop_error_text.argtypes, library.dualop_error_text.restype = [ctypes.c_int], ctypes.c_char_p
-    return Plan(library, view, 16 // view.dtype.itemsize)
+    return Plan(library, view, cuts, 16 // view.dtype.itemsize)
+
+
+tuned.on_change(_plan.cache_clear)
 
 
 class Cuda:
@@ -225,8 +249,8 @@ class Cuda:
         vector = _aligned(view, plan.wide, (gy, *inputs))
         grid, _ = plan.grid(True, vector, device)
         partials = [
-            view.partial(i, grid.row_programs, grid.col_programs, device) if need and v.reduced else None
-            for i, (need, v) in enumerate(zip(needs, view.views, strict=True))
+            view.partial(i, grid.row_programs, grid.col_programs, device) if need else None
+            for i, need in enumerate(needs)
         ]
         words: list[Word] = []
         for i, tensor in enumerate(inputs):

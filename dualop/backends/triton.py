@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -16,21 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualop import tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
 from dualop.chains import Chain
 from dualop.generated import imported
-from dualop.launch import Cut, Grid, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
 from dualop.native.triton import launched
 from dualop.ranges import steps
 from dualop.slopes import Slope, is_curved
 
-# As in the CUDA backend; a program is one warp in backward, whose sums along the columns then stay in its threads.
-FORWARD = {
-    torch.bfloat16: Cut(rows=2, threads=128, across=128, resident=1),
-    **dict.fromkeys((torch.float16, torch.float32, torch.float64), Cut(rows=4, threads=128, across=128, resident=1)),
-}
-BACKWARD = dict.fromkeys(DTYPES, Cut(rows=2, threads=32, across=32, resident=1, least=32, most=64))
+# As in the CUDA backend, but for the compiler's own choice of registers.
+FORWARD = dict.fromkeys(DTYPES, Cut(rows=1, threads=128, across=128, resident=1))
+BACKWARD = dict.fromkeys(DTYPES, Cut(rows=2, threads=256, across=32, resident=1, least=4))
+TALL = Tall(bytes=64, tiles=8)  # more tiles than in CUDA, since loads are pipelined
 # A slope has three values a stage and element on its way up: at most 8 elements a thread, or long ones spill.
 SLOPE = {t: Cut(rows=1 if t.itemsize == 2 else 2, threads=128, across=128, resident=1) for t in DTYPES}
 # Tiles of a program that are under way at once. The assembler would move loads into registers down to their first use.
@@ -100,8 +99,8 @@ class Triton:
         launch = _launch(chain, view, device, tuple(needs))
         grid = launch.grid
         partials: list[Tensor | None] = [
-            view.partial(i, grid.row_programs, grid.col_programs, device) if need and v.reduced else None
-            for i, (need, v) in enumerate(zip(needs, view.views, strict=True))
+            view.partial(i, grid.row_programs, grid.col_programs, device) if need else None
+            for i, need in enumerate(needs)
         ]
         gradients = [
             view.gradient(i, t, device) if need and not v.expanded else None
@@ -138,9 +137,8 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
     """Of the forward kernel, or of the backward kernel with these gradients."""
     module = _module(chain, tuple(v.kind for v in view.views))
     walks = tuple((v.div, v.mod, v.row_stride, v.outer_stride) for v in view.views)
-    reduced = needs is not None and any(v.reduced for v in view.views)
-    cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
-    cut = _fitted(cut, view, device)
+    direction = "forward" if needs is None else "backward"
+    cut = tuned.chosen("triton", chain, view, direction, device, heuristic(chain, view, direction, device))
     if needs is None:
         kernel, grid = module.forward_kernel, forward_grid(view, *_tile(view, cut))
         own: dict[str, Any] = {"BITS": view.bits}
@@ -165,10 +163,14 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
     return Launch(kernel[grid.axes], grid, walks, numbers, device)
 
 
-def _fitted(cut: Cut, view: Layout, device: torch.device) -> Cut:
-    """With fewer rows a thread where there would not be a program for each multiprocessor otherwise."""
-    programs = view.total // (cut.rows * cut.threads * (16 // view.dtype.itemsize))
-    return replace(cut, rows=1) if programs < multiprocessors(device) else cut
+tuned.on_change(_launch.cache_clear)
+
+
+def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) -> Cut:
+    """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
+    reduced = direction == "backward" and any(v.reduced for v in view.views)
+    cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
+    return TALL.fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
 
 
 def _tile(view: Layout, cut: Cut) -> tuple[int, int]:

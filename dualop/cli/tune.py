@@ -1,0 +1,73 @@
+"""`dualop tune`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from dualop.cli import options, output
+from dualop.cli.options import DEFAULT_CHAIN, Json
+
+NO_GPU = "a search needs a GPU, and torch sees none; with DUALOP_INTERPRET=1 it times interpreted kernels"
+
+
+def tune(
+    backend: Annotated[str, typer.Option(help="cuda, triton, or both with a comma.")] = "cuda,triton",
+    chain: Annotated[str, typer.Option(help="What to search for.")] = DEFAULT_CHAIN,
+    shape: Annotated[str, typer.Option(help="Several with commas (16384x8192; on the CPU 8x64).")] = "",
+    dtype: Annotated[str, typer.Option(help="Several with commas, or all.")] = "float32,bfloat16",
+    operand: Annotated[
+        str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
+    ] = "last",
+    direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Search, and keep nothing.")] = False,
+    forget: Annotated[bool, typer.Option("--forget", help="Only delete what was kept for this GPU.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Search for the fastest launch (tile, threads, rows a thread) and keep it on disk, where later calls find it.
+
+    By GPU, chain, dtype and shape, rounded up to powers of two. A launch is kept once its results are right.
+    """
+    asked = os.environ.get("DUALOP_INTERPRET", "") not in ("", "0")  # options.device() sets it where there is no GPU
+    device = options.device()
+    import dualop
+    from dualop import tuned
+    from dualop.bench import tuning, tuning_table, workloads
+    from dualop.errors import BackendUnavailable
+
+    if device.type == "cpu" and not asked:
+        raise BackendUnavailable(NO_GPU)
+    out = output.console()
+    if forget:
+        files = tuned.forget(device)
+        out.print("\n".join(f"deleted {file}" for file in files) or "nothing was kept", markup=False, highlight=False)
+        return
+    if operand not in workloads.FORMS:
+        raise typer.BadParameter(f"{operand!r} is none of {', '.join(workloads.FORMS)}", param_hint="--operand")
+    both = (workloads.FORWARD, workloads.BACKWARD)
+    if direction not in (*both, "both"):
+        raise typer.BadParameter(f"{direction!r} is none of {', '.join(both)}, both", param_hint="--direction")
+    op = dualop.chain(chain)
+    names, _ = options.backends(backend, op, device)
+    if other := [name for name in names if name not in tuning.HEURISTICS]:
+        raise typer.BadParameter(f"{other[0]} has no launches to choose", param_hint="--backend")
+    default = "16384x8192" if device.type == "cuda" else "8x64"
+    shapes, dtypes = [workloads.parse_shape(text) for text in (shape or default).split(",")], options.dtypes(dtype)
+    works = [workloads.Workload(op, size, name, device, (operand,)) for size in shapes for name in dtypes]
+    directions = both if direction == "both" else (direction,)
+    tasks = [tuning.Task(work, name, way) for work in works for name in names for way in directions]
+    if device.type == "cpu":
+        out.print("Interpreted kernels: these times say nothing about a GPU.", style="yellow")
+    with output.bars(out) as bar:
+        tuning.prepare(tasks, bar("compiling"))
+        rows = tuning.run(tasks, seed, not dry_run, bar)
+    out.print(tuning_table.render(rows))
+    file, launches = tuned.kept(device)
+    said = "nothing was kept" if dry_run else f"{file} holds {launches} launches"
+    out.print(said, markup=False, highlight=False)
+    output.write(json_file, tuning.as_json(rows, device))
+    if not all(row.ok for row in rows):
+        raise typer.Exit(1)
