@@ -43,11 +43,12 @@ def _nothing_known() -> Iterator[None]:
 
 @pytest.fixture
 def by_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of the CUDA backend that go Python's way."""
+    """The calls of the kernels' backends that go Python's way."""
     seen: list[str] = []
-    for name in ("forward", "backward"):
-        original = getattr(BACKENDS["cuda"], name)
-        monkeypatch.setattr(BACKENDS["cuda"], name, lambda *a, n=name, f=original: seen.append(n) or f(*a))
+    for backend in ("cuda", "triton"):
+        for name in ("forward", "backward"):
+            original = getattr(BACKENDS[backend], name)
+            monkeypatch.setattr(BACKENDS[backend], name, lambda *a, n=name, f=original: seen.append(n) or f(*a))
     return seen
 
 
@@ -57,18 +58,22 @@ def same(first: Result, second: Result) -> None:
         assert torch.equal(bits(a), bits(b))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_same_bits_as_python(case: Case, device: torch.device, by_python: list[str]) -> None:
+def check_same_bits(case: Case, device: torch.device, backend: str, by_python: list[str]) -> None:
     op, (x, operands, gy) = dualop.chain(case.text), make(case, device)
-    first = run(op, x, operands, gy, "cuda")
+    first = run(op, x, operands, gy, backend)
     assert by_python == ["forward", "backward"]
     by_python.clear()
-    same(first, run(op, x, operands, gy, "cuda"))
+    same(first, run(op, x, operands, gy, backend))
     view = layout(x, operands)
     direct = view.total > 0 and all(v.copy is None for v in view.views)
     written = direct and gy.stride() == view.strides and not any(v.expanded for v in view.views)
     assert ("forward" in by_python) == (not direct)
     assert ("backward" in by_python) == (not written)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_same_bits_as_python(case: Case, device: torch.device, by_python: list[str]) -> None:
+    check_same_bits(case, device, "cuda", by_python)
 
 
 def variants(device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -366,3 +371,66 @@ def test_whoever_hooks_himself_into_triton_s_launches_is_seen() -> None:
     assert not quiet()
     runtime.launch_enter_hook, runtime.launch_exit_hook = enter, hooks()
     assert not quiet()
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+KERNELS = ("cuda", "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_same_bits_on_a_gpu(case: Case, backend: str, device: torch.device, by_python: list[str]) -> None:
+    check_same_bits(case, device, backend, by_python)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+def test_streams_and_graphs(backend: str, by_python: list[str]) -> None:
+    x, a = torch.zeros(64, 128, device="cuda"), torch.randn(128, device="cuda")
+    OP(x, a, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        x.fill_(1.0)
+        y = OP(x, a, backend=backend)  # on another stream it would still see zeros
+    stream.synchronize()
+    torch.testing.assert_close(y, torch.tanh(a + 1).expand(64, 128))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = OP(x, a, backend=backend)
+    x.fill_(-1.0)
+    graph.replay()
+    torch.testing.assert_close(y, torch.tanh(a - 1).expand(64, 128))
+    assert by_python == ["forward"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_gpu(backend: str, by_python: list[str]) -> None:
+    for index in (0, 1):
+        x, a = torch.randn(4, 8, device=f"cuda:{index}"), torch.randn(8, device=f"cuda:{index}")
+        for current in (0, 1, index, index):
+            with torch.cuda.device(current):
+                torch.testing.assert_close(OP(x, a, backend=backend), torch.tanh(x + a))
+    assert len(by_python) == 3, "the first of each, and where another device is current"
+
+
+@pytest.mark.gpu
+def test_triton_s_hooks_are_called() -> None:
+    from triton import knobs
+
+    x, a, seen = torch.randn(4, 8, device="cuda"), torch.randn(8, device="cuda"), []
+    for _ in range(2):
+        OP(x, a, backend="triton")
+    hook = lambda metadata: seen.append(metadata.get()["name"])
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        OP(x, a, backend="triton")
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    OP(x, a, backend="triton")
+    assert seen == ["forward_kernel"]
