@@ -24,13 +24,14 @@ from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_int
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.compiler import is_compiling
 from torch.overrides import is_tensor_like
 
-from dualop import chains, distributed, registry
+from dualop import chains, direct, distributed, native, registry
 from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.chains import Chain
-from dualop.direct import unwatched
 from dualop.layout import checked, device_of, validate
+from dualop.native import known
 from dualop.slopes import parse, slope
 
 _LIBRARY = torch.library.Library("dualop", "DEF")
@@ -45,19 +46,25 @@ _backward_op = torch.ops.dualop.backward.default
 
 def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -> Tensor:
     """One call of a chain: check the tensors, resolve the backend once, dispatch or take the short way."""
+    if not is_compiling():
+        calls = known.get((chain.text, registry.requested() if backend is None else backend))
+        y = None if calls is None else calls(x, operands)
+        if y is not None and y is not False:
+            return y
     tensors = (x, *operands)
-    if unwatched(tensors):
-        device = checked(tensors, chain.operands)
-        chosen = registry.resolve(registry.requested(backend), chain, device)
+    if direct.unwatched(tensors):
+        device, asked = checked(tensors, chain.operands), registry.requested(backend)
+        chosen = registry.resolve(asked, chain, device).name
+        calls, arguments = native.calls(chain.text, asked, chosen), (chain.text, chosen)
         if torch.is_grad_enabled() and _any_requires_grad(*tensors):
-            return _apply(None, (chain.text, chosen.name), *tensors)
-        return chosen.forward(chain, x, operands)
+            return apply(calls, arguments, *tensors)
+        return direct.forward(calls, arguments, tensors)
     if any(not isinstance(t, Tensor) and is_tensor_like(t) for t in tensors):  # a proxy: a node of torch.fx's graph
         return _forward_op(x, list(operands), chain.text, registry.requested(backend))
     validate(x, operands, chain.operands)
     distributed.know_dtensor()
     name = registry.requested(backend)
-    if not torch.compiler.is_compiling() and x.device.type != "meta":
+    if not is_compiling() and x.device.type != "meta":
         name = registry.resolve(name, chain, device_of(x, operands)).name
     return _forward_op(x, list(operands), chain.text, name)
 
@@ -102,8 +109,8 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
-        if op is None:
-            return registry.BACKENDS[arguments[1]].forward(parse(arguments[0]), tensors[0], tensors[1:])
+        if op is not _forward_op and op is not _backward_op:
+            return direct.forward(op, arguments, tensors)
         if not _are_functorch_transforms_active():
             with _BelowAutograd():
                 return _call(op, arguments, tensors)
@@ -112,18 +119,28 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.op, ctx.arguments, *tensors = inputs
+        ctx.op, ctx.arguments = inputs[0], inputs[1]
+        tensors = inputs[2:]
         ctx.save_for_backward(*tensors)
-        if ctx.op is not None:
+        if ctx.op is _forward_op or ctx.op is _backward_op:
             ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        op, tensors = ctx.op, ctx.saved_tensors  # read once: a checkpoint computes them then, and gives them out once
+        short = op is not _forward_op and op is not _backward_op and not is_compiling()
+        found: Any = False
+        if short and op is not None:
+            found = op.backward(ctx.needs_input_grad, cotangents[0], *tensors)
+        if found:
+            return found
         needs = list(ctx.needs_input_grad[2:])
-        if ctx.op is _backward_op:
-            wanted = _second(ctx.arguments, cotangents, ctx.saved_tensors, needs)
+        if op is _backward_op:
+            wanted: Sequence[Tensor] = _second(ctx.arguments, cotangents, tensors, needs)
+        elif short and not torch.is_grad_enabled() and direct.unwatched((cotangents[0], *tensors)):
+            wanted = direct.backward(op if found is None else None, ctx.arguments, cotangents[0], tensors, needs)
         else:
-            wanted = _gradients(ctx, cotangents[0], needs)
+            wanted = _gradients(ctx.arguments, cotangents[0], tensors, needs)
         gradients = iter(wanted)
         return None, None, *[next(gradients) if need else None for need in needs]
 
@@ -155,14 +172,12 @@ def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any
     return tuple(op(tensors[0], tensors[1], tensors[2:], *arguments))
 
 
-def _gradients(ctx: Any, gy: Tensor, needs: list[bool]) -> list[Tensor]:
+def _gradients(arguments: tuple[str, str], gy: Tensor, tensors: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
     """The derivative of the forward op: the gradients of those of (x, *operands) that `needs` asks for."""
-    tensors, (chain, backend) = ctx.saved_tensors, ctx.arguments
+    chain, backend = arguments
     x, operands = tensors[0], tensors[1:]
-    if ctx.op is None and not torch.is_grad_enabled() and unwatched((gy, *tensors)):
-        return registry.BACKENDS[backend].backward(parse(chain), gy, x, operands, needs)
     # torch.autograd.grad(is_grads_batched=True) is a vmap that knows no op with a list of results.
-    if not torch.compiler.is_compiling() and is_legacy_batchedtensor(gy):
+    if not is_compiling() and is_legacy_batchedtensor(gy):
         return reference_gradients(parse(chain), gy, x, operands, needs)
     return _backward_op(gy, x, operands, chain, backend, needs)
 
@@ -173,7 +188,7 @@ def _second(
     """The derivative of the backward op: the gradients of those of (gy, x, *operands) that `needs` asks for."""
     chain, backend, _ = arguments
     sloped = slope(chain)
-    if sloped is None or (not torch.compiler.is_compiling() and is_legacy_batchedtensor(cotangents[0])):
+    if sloped is None or (not is_compiling() and is_legacy_batchedtensor(cotangents[0])):
         outputs = torch.func.vjp(_reference_gradients(*arguments), *tensors)
         return [g for g, need in zip(outputs[1](tuple(cotangents)), needs, strict=True) if need]
     gy, x = tensors
@@ -185,19 +200,19 @@ def _reference_gradients(chain: str, _backend: str, needs: Sequence[bool]) -> Ca
     return lambda gy, x, *operands: tuple(reference_gradients(parse(chain), gy, x, operands, needs))
 
 
-_apply = super(torch.autograd.Function, ChainFunction).apply  # the C++ apply: the Python one binds a signature, 25 us
+apply = super(torch.autograd.Function, ChainFunction).apply  # the C++ apply: the Python one binds a signature, 25 us
 
 
 def _differentiably(keyset: Any, op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
     """The Autograd kernel of both ops: a node if anybody may differentiate, else straight to the backend."""
     if _are_functorch_transforms_active():
         with enable_single_level_autograd_function():
-            return _apply(op, arguments, *tensors)
+            return apply(op, arguments, *tensors)
     if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and _any_requires_grad(*tensors)):
         if op is _forward_op:
             return op.redispatch(keyset & _AFTER_AUTOGRAD, tensors[0], tensors[1:], *arguments)
         return op.redispatch(keyset & _AFTER_AUTOGRAD, tensors[0], tensors[1], tensors[2:], *arguments)
-    return _apply(op, arguments, *tensors)
+    return apply(op, arguments, *tensors)
 
 
 def _forward_autograd(keyset: Any, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:

@@ -176,8 +176,7 @@ class Build:
             raise _unwritable(error) from error
         said, failure = "", None
         try:
-            with _one_in_this_process, _prepared(work, None if self.host else cuda_home()) as link_flags:
-                built = self._load_inline(work, link_flags)
+            built = self._made(work)
             with built.open("rb") as file:
                 os.fsync(file.fileno())  # so that no crash of the machine leaves half a library under its final name
             os.replace(built, self.library)
@@ -196,6 +195,11 @@ class Build:
         if failure is not None:
             first = first_error(said)
             raise BuildError(f"{first}\n(compiling {source}; the whole log: {self.log})", self.log, first) from failure
+
+    def _made(self, work: Path) -> Path:
+        """The library, compiled in `work` from the source in `self.folder`. Whatever is raised becomes a BuildError."""
+        with _one_in_this_process, _prepared(work, None if self.host else cuda_home()) as link_flags:
+            return self._load_inline(work, link_flags)
 
     def _load_inline(self, work: Path, link_flags: list[str]) -> Path:
         from torch.utils.cpp_extension import load_inline

@@ -9,6 +9,7 @@ switches of the thread; if none of it does, calling the backend is the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from torch._C import _has_torch_function as has_torch_function
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C._autograd import _profiler_enabled as profiler
 from torch.autograd import forward_ad
+
+from dualop import registry
+from dualop.native.record import recorded
+from dualop.slopes import parse
 
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 
@@ -31,7 +36,7 @@ def _keys(*names: str) -> int:
 
 
 # The keys of a strided tensor in memory, and those of one made in inference mode.
-_KEYS = frozenset(
+PLAIN_KEYS = frozenset(
     _keys(device, f"Autocast{device}", *more)
     for device in ("CPU", "CUDA")
     for more in ((), ("ADInplaceOrView", f"Autograd{device}"))
@@ -43,7 +48,7 @@ def unwatched(tensors: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
-        if type(tensor) not in _TYPES or keys_of(tensor).raw_repr() not in _KEYS:
+        if type(tensor) not in _TYPES or keys_of(tensor).raw_repr() not in PLAIN_KEYS:
             return False
     return not (
         has_torch_function(tensors)
@@ -53,3 +58,25 @@ def unwatched(tensors: Sequence[Tensor]) -> bool:
         or profiler()
         or jit_tracer()
     )
+
+
+def forward(calls: Any, arguments: tuple[str, str], tensors: Sequence[Tensor]) -> Tensor:
+    """The backend's result for (x, *operands), unwatched and checked; by `calls` (dualop/native) if they know how."""
+    y = None if calls is None else calls(tensors[0], tensors[1:])
+    if y is not None and y is not False:
+        return y
+    backend, chain = registry.BACKENDS[arguments[1]], parse(arguments[0])
+    if calls is None or y is False:
+        return backend.forward(chain, tensors[0], tensors[1:])
+    return recorded(calls, tensors, None, lambda: (backend.forward(chain, tensors[0], tensors[1:]),))[0]
+
+
+def backward(
+    calls: Any, arguments: tuple[str, str], gy: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
+) -> Sequence[Tensor]:
+    """The backend's gradients, unwatched; `calls` do not know how yet, or are None."""
+    backend, chain = registry.BACKENDS[arguments[1]], parse(arguments[0])
+    if calls is None:
+        return backend.backward(chain, gy, tensors[0], tensors[1:], needs)
+    call = lambda: backend.backward(chain, gy, tensors[0], tensors[1:], needs)
+    return recorded(calls, (gy, *tensors), needs, call)

@@ -27,9 +27,12 @@ from dualop import build, probe
 if TYPE_CHECKING:
     from rich.table import Table
 
-VARIABLES = ("DUALOP_BACKEND", "DUALOP_INTERPRET", "DUALOP_CACHE_DIR", "DUALOP_VERBOSE", "DUALOP_TRITON36")
+VARIABLES = (
+    *("DUALOP_BACKEND", "DUALOP_INTERPRET", "DUALOP_CACHE_DIR", "DUALOP_NATIVE", "DUALOP_GEMM"),
+    *("DUALOP_VERBOSE", "DUALOP_TRITON36"),
+)
 BACKEND_NAMES = ("auto", "cuda", "triton", "reference")
-SWITCHES = ("DUALOP_INTERPRET", "DUALOP_VERBOSE")
+SWITCHES = ("DUALOP_INTERPRET", "DUALOP_NATIVE", "DUALOP_VERBOSE")
 
 # The first CUDA toolkit whose nvcc knows the architecture, by the major number of the compute capability.
 FIRST_TOOLKIT = {8: (11, 1), 9: (11, 8), 10: (12, 8), 11: (13, 0), 12: (12, 8)}
@@ -88,6 +91,7 @@ def examine() -> Report:
             *_guarded("launches", lambda: _launch_rows(facts)),
             *_guarded("environment", _environment_rows),
             *_guarded("backends", lambda: _backend_rows(facts)),
+            *_guarded("native", lambda: _native_rows(facts)),
         )
     )
 
@@ -285,3 +289,20 @@ def _backend_rows(facts: dict[str, Any]) -> Iterator[Row]:
             yield Row(f"backend {name}", "does not run here", "; ".join(answer["reasons"]))
         else:
             yield Row(f"backend {name}", "runs here, interpreted" if answer["interpreted"] else "runs here")
+
+
+def _native_rows(facts: dict[str, Any]) -> Iterator[Row]:
+    """The extension that makes known calls without Python (dualop/native)."""
+    if error := _error(facts, "native"):
+        yield Row("native", error, "see the rows above")
+        return
+    native = facts["native"]
+    if not native["on"]:
+        yield Row("native", f"off: {native['why']}")
+    elif native["built"]:
+        yield Row("native", "built")
+    elif native["missing"]:
+        advice = f"calls work, and cost the host some ten microseconds more; {'; '.join(native['missing'])}"
+        yield Row("native", "cannot be built here", advice)
+    else:
+        yield Row("native", "not built yet; the first call has it built in the background")

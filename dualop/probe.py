@@ -32,8 +32,8 @@ _MARK = "dualop-probe "
 def facts() -> dict[str, Any]:
     """The answers of `answer_all` in a child of this Python with this sys.path.
 
-    Keys "torch", "gpus", "triton", "backends", "tuned"; a step that failed has `{"error": why}` instead, and so has the
-    one in which the child died; the steps after that one are missing.
+    Keys "torch", "gpus", "triton", "backends", "tuned", "native"; a step that failed has `{"error": why}` instead, and
+    so has the one in which the child died; the steps after that one are missing.
     """
     script = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from dualop import probe; probe.answer_all()"
     status, out, err = run([sys.executable, "-c", script, json.dumps(sys.path)], FACTS_SECONDS)
@@ -109,12 +109,20 @@ def _tuned() -> dict[str, Any]:
     return {"file": str(file), "launches": launches}
 
 
+def _native() -> dict[str, Any]:
+    from dualop import native
+
+    built = native.on and native.extension().try_load() is not None
+    return {"on": native.on, "why": native.why_not, "built": built, "missing": native.missing()}
+
+
 STEPS: dict[str, Callable[[], Any]] = {
     "torch": _torch,
     "gpus": _gpus,
     "triton": _triton,
     "backends": _backends,
     "tuned": _tuned,
+    "native": _native,
 }
 
 

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from dualop.backends import triton as backend
+from dualop.native import triton as native_triton
 from dualop.slopes import Slope, parse
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
@@ -94,7 +95,17 @@ def resources(ptx: str, architecture: int) -> dict[str, int]:
     return {"registers": int(registers[1]), "spills": int(numbers[1]) + int(numbers[2])}
 
 
-def compiled(source: ASTSource, architecture: int, options: dict[str, Any]) -> dict[str, Any]:
+def parameters(built: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    """How many parameters the kernel has, and how many dualop/native would give it."""
+    entry = re.search(r"\.entry.*?\)", built.asm["ptx"], re.DOTALL)
+    words = native_triton._words(built, (1,), (), arguments)
+    assert entry and words
+    return entry[0].count(".param"), len(words[9:])
+
+
+def compiled(
+    source: ASTSource, arguments: dict[str, Any], architecture: int, options: dict[str, Any]
+) -> dict[str, Any]:
     """The row of one kernel."""
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = built.asm["ptx"]
@@ -105,6 +116,7 @@ def compiled(source: ASTSource, architecture: int, options: dict[str, Any]) -> d
         "wide_loads": len(re.findall(r"\bld\.global[.\w:]*\.(?:v4\.b32|v2\.b64)|\bcp\.async.*, 0x10", ptx)),
         "wide_stores": len(re.findall(r"\bst\.global[.\w:]*\.(?:v4\.b32|v2\.b64)", ptx)),
         "cubin": len(built.asm["cubin"]),
+        "parameters": parameters(built, arguments),
         **resources(ptx, architecture),
     }
 
@@ -122,7 +134,7 @@ def main(problems: Path, results: Path) -> None:
                 source = specialised(kernel, arguments)
                 key = (source.hash(), kernel.cache_key, architecture)
                 if key not in done:
-                    done[key] = compiled(source, architecture, options)
+                    done[key] = compiled(source, arguments, architecture, options)
                 rows.append({"name": problem["name"], **done[key]})
     results.write_text(json.dumps(rows))
 

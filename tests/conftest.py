@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _native() -> None:
+    """The C++ of the short way is there from the beginning, not from whenever a thread has compiled it."""
+    from dualop import native
+
+    native.load()
+
+
+@pytest.fixture
+def python_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that put something in the place of a backend's method: every call comes by there."""
+    from dualop import native
+
+    monkeypatch.setattr(native, "on", False)
+    native.known.clear()
+    yield
+    native.known.clear()
 
 
 def _seed(node: pytest.Item) -> int:

@@ -229,6 +229,7 @@ def test_no_graph_without_need(f: Function) -> None:
     assert f(x, a.detach()).grad_fn is not None and f(x.detach(), a).requires_grad
 
 
+@pytest.mark.usefixtures("python_way")
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "x", "add"])
 def test_only_the_gradients_that_are_needed(f: Function, name: str, wanted: tuple[bool, bool], monkeypatch) -> None:
     asked: list[list[bool]] = []

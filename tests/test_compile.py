@@ -210,6 +210,8 @@ def test_triton_compiles(release: str, tmp_path: Path, record_property: Any) -> 
     assert all(row["cubin"] for row in rows)
 
     for row in rows:
+        kernel_takes, it_is_given = row["parameters"]
+        assert kernel_takes == it_is_given > 3, f"the launch in C++ does not fit: {row}"
         if row["kernel"] != "sum_kernel":
             assert row["wide_loads"] and row["wide_stores"], f"no 16-byte accesses: {row}"
     table = [f"{r['name']}\tsm_{r['architecture']}\t{r['kernel']}\t{r['registers']}\t{r['spills']}" for r in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def without_probe(monkeypatch):
         "triton": {"version": "3.9.0", "file": "/site/triton/__init__.py"},
         "backends": {"reference": {"reasons": [], "interpreted": False}},
         "tuned": {"file": "/cache/tune/gpu.json", "launches": 0},
+        "native": {"on": True, "why": "", "built": True, "missing": []},
     }
     monkeypatch.setattr(probe, "facts", lambda: facts)
     return facts
@@ -296,3 +298,18 @@ def test_the_table_shows_every_row_as_it_is():
     console.print(doctor.table(report))
     text = console.export_text()
     assert "[red]2.13[/red]" in text and "install it" in text
+
+
+@pytest.mark.parametrize(
+    ("native", "found", "advice"),
+    [
+        ({}, "built", ""),
+        ({"built": False}, "not built yet", ""),
+        ({"on": False, "built": False, "why": "DUALOP_NATIVE=0"}, "off: DUALOP_NATIVE=0", ""),
+        ({"built": False, "missing": ["no g++: install it"]}, "cannot be built here", "calls work, .*no g"),
+    ],
+)
+def test_the_extension(without_probe, native, found, advice):
+    without_probe["native"] |= native
+    row = doctor.examine()["native"]
+    assert row.found.startswith(found) and re.match(advice, row.advice) and bool(advice) == bool(row.advice)

@@ -152,6 +152,7 @@ def test_chains_that_fold_in_other_ways(chain: str, shape: tuple[int, ...], devi
     assert_as_close_to_exact(ours, theirs, torch.randn(5, INS, device=device))
 
 
+@pytest.mark.usefixtures("python_way")
 def test_bias_and_add_have_one_gradient_from_one_reduction(monkeypatch: pytest.MonkeyPatch, device) -> None:
     calls = []
     for method in ("forward", "backward"):

@@ -25,6 +25,7 @@ if not registry.interpreting():
     pytest.skip("on CPU tensors, with DUALOP_INTERPRET=1", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("python_way")
 NAMES = ("cuda", "triton", "reference")
 OP = dualop.chain("add | relu")
 X, B = torch.randn(4, 8), torch.randn(8)

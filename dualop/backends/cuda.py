@@ -22,6 +22,7 @@ from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
 from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
+from dualop.native.record import Word, launched, number
 from dualop.ranges import Step, steps
 from dualop.slopes import Slope, is_curved
 from dualop.sources import cuda_header
@@ -38,6 +39,8 @@ BACKWARD = {
     torch.float64: Cut(rows=2, threads=256, across=32, resident=1),
 }
 TALL = Tall(bytes=32, tiles=2)
+
+STREAM = 6  # its place among a launch's words
 
 _missing_tools = lru_cache(maxsize=2)(build.missing_tools)
 
@@ -215,7 +218,7 @@ class Cuda:
             inputs = _readable(view, tensors, device)
             plan = _plan(chain, view, tuple(t.dtype for t in tensors), device)
             vector = _aligned(view, plan.wide, (y, *inputs))
-            _launch(plan, False, vector, device, y.data_ptr(), 0, _words(view, inputs))
+            _launch(plan, False, vector, device, y, None, _words(view, inputs))
         return y
 
     def backward(
@@ -239,23 +242,19 @@ class Cuda:
             view.partial(i, grid.row_programs, grid.col_programs, device) if need else None
             for i, need in enumerate(needs)
         ]
-        words: list[int] = []
+        words: list[Word] = []
         for i, tensor in enumerate(inputs):
             v, gradient, partial = view.views[i], gradients[i], partials[i]
             written = partial if partial is not None else gradient
             summed = gradient if partial is not None else None
             shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
-            words += (tensor.data_ptr(), *_walk(v), _address(written), _address(summed), *shape)
-        _launch(plan, True, vector, device, 0, gy.data_ptr(), words)
+            words += (tensor, *_walk(v), written, summed, *shape)
+        _launch(plan, True, vector, device, None, gy, words)
         return view.finished(gradients, partials, tensors)
 
 
 def _walk(v: View) -> tuple[int, int, int, int]:
     return v.div, v.mod, v.row_stride, v.outer_stride
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _plain_inputs(chain: Chain) -> tuple[tuple[torch.dtype, int], ...]:
@@ -266,10 +265,10 @@ def _readable(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> 
     return [view.readable(i, t, device) for i, t in enumerate(tensors)]
 
 
-def _words(view: Layout, inputs: Sequence[Tensor]) -> list[int]:
-    words: list[int] = []
+def _words(view: Layout, inputs: Sequence[Tensor]) -> list[Word]:
+    words: list[Word] = []
     for v, tensor in zip(view.views, inputs, strict=True):
-        words += (tensor.data_ptr(), *_walk(v), 0, 0, 0, 0, 0, 0)
+        words += (tensor, *_walk(v), 0, 0, 0, 0, 0, 0)
     return words
 
 
@@ -283,7 +282,9 @@ def _aligned(view: Layout, wide: int, tensors: Sequence[Tensor]) -> bool:
     return all(v.row_stride % wide == v.outer_stride % wide == 0 for v in view.views if v.kind & FULL == FULL)
 
 
-def _launch(plan: Plan, backward: bool, vector: bool, device: torch.device, y: int, gy: int, inputs: list[int]) -> None:
+def _launch(
+    plan: Plan, backward: bool, vector: bool, device: torch.device, y: Word, gy: Word, inputs: Sequence[Word]
+) -> None:
     view = plan.view
     grid, blocks = plan.grid(backward, vector, device)
     on_gpu = device.type == "cuda"
@@ -292,8 +293,10 @@ def _launch(plan: Plan, backward: bool, vector: bool, device: torch.device, y: i
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
         head = (int(vector), *blocks, stream, view.cols, view.total)
         walk = (grid.steps, grid.row_step, grid.col_step, y, gy)
-        words = struct.pack(f"={14 + len(inputs)}q", *head, *walk, *inputs)
-        error = (plan.library.dualop_backward if backward else plan.library.dualop_forward)(words)
+        words = (*head, *walk, *inputs)
+        launcher = plan.library.dualop_backward if backward else plan.library.dualop_forward
+        launched(launcher, words, STREAM)
+        error = launcher(struct.pack(f"={len(words)}q", *[w if type(w) is int else number(w) for w in words]))
     if error:
         text = plan.library.dualop_error_text(error).decode()
         raise BackendUnavailable(f"the CUDA kernel could not be launched on {device}: {text}")

@@ -22,6 +22,7 @@ from dualop.chains import Chain
 from dualop.generated import imported
 from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
+from dualop.native.triton import launched
 from dualop.ranges import steps
 from dualop.slopes import Slope, is_curved
 
@@ -127,7 +128,8 @@ class Launch:
     def __call__(self, pointers: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         views = [part for tensor, walk in zip(inputs, self.walks, strict=True) for part in (tensor, *walk)]
         with _on(self.device):
-            self.kernel(*pointers, *views, **self.numbers)
+            compiled = self.kernel(*pointers, *views, **self.numbers)
+        launched(compiled, self.grid.axes, (*pointers, *views), self.numbers)
 
 
 @lru_cache(maxsize=2048)
@@ -201,7 +203,9 @@ def _sum(partial: Tensor, out: Tensor, shape: tuple[int, int, int, int], device:
     options = {**_options(128), "launch_pdl": True} if early else _options(128)
     sizes = {"COLUMNS": kept == inner == 1, "EARLY": early, "BLOCK_TERMS": block_terms, "BLOCK_OUT": block_out}
     with _on(device):
-        sum_kernel[(-(-kept * columns // block_out),)](partial, out, outer, kept, inner, columns, **sizes, **options)
+        arguments, grid = (partial, out, outer, kept, inner, columns), (-(-kept * columns // block_out),)
+        compiled = sum_kernel[grid](*arguments, **sizes, **options)
+    launched(compiled, grid, arguments, sizes)
 
 
 @lru_cache(maxsize=64)
