@@ -2,8 +2,8 @@
 // triton_kernels/math.py has the same functions in the same order.
 //
 // 16-bit results (bits <= 11) use the GPU's approximate instructions: ex2 and rcp are good to about 2^-22, and
-// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 starts from the same instructions and corrects what they and the roundings
-// leave over; float64 uses CUDA's own functions.
+// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 takes ex2 for powers of two alone, where it is exact,
+// and corrects rcp; float64 uses CUDA's own functions.
 #pragma once
 #include "types.cuh"
 
@@ -51,16 +51,32 @@ template <int bits, class T> DUALOP_FUN T log1p(T z) {
     }
 }
 
-// exp(-n a) for a >= 0. In float32 2^p with p = -n a log2(e) rounded, times exp of what the rounding left: 1 + d. Beyond
-// n a = 88 the result is 0, and at infinity d would be infinity - infinity.
+// exp(-n (a + rest)) = two (1 + p) in float32, a in [-0.3, 89 / n]: `two` is a power of two, and p in [-0.3, 0.42] is
+// -n r + r^2 bend with r = a + rest - k ln 2 / n. r is exact but for `rest` and for what ln 2 has beyond 24 bits, 2.8e-9 of
+// a; the polynomial is good to 2^-28. So `two` and p have next to no error where they are used apart.
+template <int n> struct ScaledExp { float two, r, bend; };
+template <int n> DUALOP_FUN ScaledExp<n> scaled_exp(float a, float rest = -0.0f) {
+    const float k = ::fmaf(a, -n * log2_e<float>, 12582912.0f) - 12582912.0f;  // beyond 2^23 there are integers only
+    const float r = ::fmaf(k, ln_2<float> / n, a) + rest;
+    float bend = ::fmaf(r, n * n * n * n * n * n * 0.00138207339f, -n * n * n * n * n * 0.00836867746f);
+    bend = ::fmaf(r, ::fmaf(r, bend, n * n * n * n * 0.0416682661f), -n * n * n * 0.166665211f);
+    return {ex2_approx(k), r, ::fmaf(r, bend, n * n * 0.49999994f)};
+}
+template <int n> DUALOP_FUN float small(ScaledExp<n> e) { return ::fmaf(e.r * e.r, e.bend, -n * e.r); }
+template <int n> DUALOP_FUN float whole(ScaledExp<n> e) { return ::fmaf(e.two, small(e), e.two); }
+
+// exp(-n a) for a >= 0. In float32 it is 0 beyond n a = 88; at infinity r would be infinity - infinity.
 template <int bits, int n = 1, class T> DUALOP_FUN T exp_neg(T a) {
     if constexpr (bits == 53) return ::exp(T(-n) * a);
     else if constexpr (lean<bits>) return ex2_approx(a * (-n * log2_e<T>));
-    else {
-        const float c = min_nan(a, 89.0f / n), p = c * (-n * log2_e<T>), e = ex2_approx(p);
-        const float d = ::fmaf(p, 1.90465421e-9f, ::fmaf(p, -ln_2<T>, -n * c));  // ln 2 in two parts
-        return ::fmaf(e, d, e);
-    }
+    else return whole(scaled_exp<n>(min_nan(a, 89.0f / n)));
+}
+
+// x / (1 + e) for 0 <= e < 2. In float32 with the remainder, so that it is as good as one rounding.
+template <int bits, class T> DUALOP_FUN T quotient(T x, T e) {
+    const T r = rcp<bits>(T(1) + e), t = x * r;
+    if constexpr (bits != 24) return t;
+    else return ::fmaf(r, ::fmaf(-t, e, x - t), t);
 }
 
 // n / (1 + e) for 0 <= e <= 1. In float32 with a Newton step on e itself, since 1 + e has lost its last bits.
@@ -72,11 +88,17 @@ template <int bits, int n = 1, class T> DUALOP_FUN T rcp_1p(T e) {
     }
 }
 
-// With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e), and their product is the derivative.
-// Nothing cancels and nothing overflows.
+// With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e) = v, and their product, in float32
+// v - v^2, is the derivative. Nothing overflows, and v <= 1/2 cancels nothing.
 template <int bits, class T> DUALOP_FUN T sigmoid(T z) {
-    const T e = exp_neg<bits>(::fabs(z)), r = rcp_1p<bits>(e);
-    return z < T(0) ? e * r : r;
+    const T e = exp_neg<bits>(::fabs(z));
+    if constexpr (bits == 24) {
+        const float v = quotient<bits>(e, e);
+        return z < 0.0f ? v : 1.0f - v;
+    } else {
+        const T r = rcp_1p<bits>(e);
+        return z < T(0) ? e * r : r;
+    }
 }
 // Where its derivative is not wanted too, there is a shorter way for 16-bit results.
 template <int bits, class T> DUALOP_FUN T sigmoid_alone(T z) {
@@ -84,14 +106,17 @@ template <int bits, class T> DUALOP_FUN T sigmoid_alone(T z) {
     else return sigmoid<bits>(z);
 }
 template <int bits, class T> DUALOP_FUN T sigmoid_slope(T z) {
-    const T e = exp_neg<bits>(::fabs(z)), r = rcp_1p<bits>(e);
-    return e * r * r;
+    const T e = exp_neg<bits>(::fabs(z));
+    if constexpr (bits == 24) {
+        const float v = quotient<bits>(e, e);
+        return ::fmaf(-v, v, v);
+    } else {
+        const T r = rcp_1p<bits>(e);
+        return e * r * r;
+    }
 }
 
-// The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2: for |z| < 0.55, and for |z| < 1.2.
-DUALOP_FUN float tanh_series(float u) {
-    return 0.333333313f + u * (-0.133331209f + u * (0.0539106987f + u * (-0.0213160906f + u * 0.00662128581f)));
-}
+// The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2 for |z| < 1.2.
 template <int bits> DUALOP_FUN float tanhshrink_series(float u) {
     if constexpr (lean<bits>)
         return 0.333331853f + u * (-0.133259162f + u * (0.0533416271f + u * (-0.0198468771f + u * (0.0056736893f
@@ -114,20 +139,53 @@ template <int bits, class T> DUALOP_FUN T tanh(T z) {
         const float c = min_nan(max_nan(z, -4.7f), 4.7f), u = c * c;
         const float p = 0.999998715f + u * (0.117111504f + u * 0.00167329065f);
         return c * p * rcp_approx(1.0f + u * (0.45043405f + u * (0.0184998655f + u * 6.70261213e-05f)));
-    } else {
-        const float u = z * z, near = ::fmaf(z * u, -tanh_series(u), z), far = tanh_far<bits>(z);
-        return ::fabsf(z) < 0.55f ? near : far;
+    } else {  // (1 - e) / (1 + e) with e = exp(-2 |z|), whose two parts give the difference from 1 before it is rounded
+        const ScaledExp<2> e = scaled_exp<2>(min_nan(::fabsf(z), 44.0f));
+        return ::copysignf(quotient<bits>(::fmaf(-e.two, small(e), 1.0f - e.two), whole(e)), z);
     }
 }
 
-// 1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not. That has more
-// roundings, so float32 takes the former as long as it is the better one.
+// A slope in float32 as factor (1 + more), where more is far from -1: products of slopes round next to nothing then.
+// Beside it the function's value, rounded, and what the rounding left.
+struct Factored { float factor, more, value, rest; };
+DUALOP_FUN float slope(Factored s) { return ::fmaf(s.factor, s.more, s.factor); }
+
+// tanh and its slope at y + rest, y > -0.3. 1 - tanh^2 is good while tanh is small. Then comes 4 e (1 - h)^2 with
+// e = exp(-2 y) in its two parts and h = e / (1 + e). Here tanh is (1 - e) / (1 + e) as above, there 1 - 2 h.
+DUALOP_FUN Factored tanh_slope(float y, float rest) {
+    const ScaledExp<2> s = scaled_exp<2>(y, rest);
+    const bool near = y < 0.65f;
+    const float p = small(s), e = whole(s), complement = ::fmaf(-s.two, p, 1.0f - s.two);
+    const float h = quotient<24>(near ? complement : e, e), far = ::fmaf(-2.0f, h, 1.0f);
+    const float square = h * h, more = ::fmaf(1.0f + p, ::fmaf(-2.0f, h, square), p), factor = 4.0f * s.two;
+    return {near ? 1.0f : factor, near ? -square : more, near ? h : far, 0.0f};
+}
+
+// z sigmoid(z) = max(z, 0) - a v with a = |z|, v = sigmoid(-a).
+DUALOP_FUN float silu(float z) {
+    const float a = min_nan(::fabsf(z), 89.0f), e = whole(scaled_exp<1>(a));
+    return ::fmaf(-a, quotient<24>(e, e), z < 0.0f ? 0.0f : z);
+}
+
+// The same up to 89 and its slope: 1 + s for z >= 0 and -s for z < 0, with s = a k - v and k = v (1 - v). That is 0 at
+// z = -1.278: close to it k m with m = 1 - a + exp(-a), where only the small parts of exp are rounded.
+DUALOP_FUN Factored silu_slope(float z) {
+    const bool negative = z < 0.0f;
+    const float a = min_nan(::fabsf(z), 89.0f);
+    const ScaledExp<1> e = scaled_exp<1>(a);
+    const float bent = e.r * e.r * e.bend, m = ::fmaf(e.two, bent, ::fmaf(-e.two, e.r, (1.0f - a) + e.two));
+    const float v = quotient<24>(whole(e), whole(e)), k = ::fmaf(-v, v, v), s = ::fmaf(a, k, -v), close = k * m;
+    const float top = negative ? 0.0f : a, y = ::fmaf(-a, v, top), rest = ::fmaf(-a, v, top - y);
+    const float below = ::fabsf(m) < 0.47f ? close : -s;
+    return {negative ? below : 1.0f, negative ? 0.0f : s, y, rest};
+}
+
+// 1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not.
 template <int bits, class T> DUALOP_FUN T sech2(T z) {
-    const T e = exp_neg<bits, 2>(::fabs(z)), r = rcp_1p<bits, 2>(e), far = (e * r) * r;
-    if constexpr (bits != 24) return far;
+    if constexpr (bits == 24) return slope(tanh_slope(min_nan(::fabsf(z), 44.0f), -0.0f));
     else {
-        const float t = 1.0f - e * r, near = ::fmaf(-t, t, 1.0f);
-        return t < 0.5f ? near : far;
+        const T e = exp_neg<bits, 2>(::fabs(z)), r = rcp_1p<bits, 2>(e);
+        return (e * r) * r;
     }
 }
 
@@ -190,6 +248,16 @@ template <int bits, class T> DUALOP_FUN T gelu_slope_unit(T z) {
             + z * (8.22413931e-05f + z * (-8.44386304e-05f + z * -6.25826169e-06f)))));
         const float q = 0.17665346f + z * (-0.234976366f + z * (-0.0412148908f + z * (0.0548188388f + z * p)));
         return ((z + 0.751791537f) - 1.21144499e-08f) * (0.665077984f + z * q);
+    }
+}
+
+// The same for -0.5 <= z <= 1, where it is not small and half plus an odd polynomial (off by 2^-27) will do.
+template <int bits, class T> DUALOP_FUN T gelu_slope_upper(T z) {
+    if constexpr (bits != 24) return gelu_slope_unit<bits>(z);
+    else {
+        const float u = z * z;
+        const float p = -0.265960544f + u * (0.0598340444f + u * (-0.00947522186f + u * (0.0011175595f + u * -8.48879208e-05f)));
+        return ::fmaf(z, ::fmaf(u, p, 0.797884524f), 0.5f);
     }
 }
 

@@ -180,17 +180,16 @@ struct sigmoid {
 
 // y' = s + z s'
 struct silu {
-    template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::sigmoid_alone<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        if constexpr (bits == 24) return math::silu(z);
+        else return z * math::sigmoid_alone<bits>(z);
+    }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        if constexpr (math::lean<bits>) {
+        if constexpr (bits == 24) return gy * math::slope(math::silu_slope(z));
+        else if constexpr (math::lean<bits>) {
             const T s = math::sigmoid_alone<bits>(z);
             return gy * (s + (z * s) * (T(1) - s));
-        } else {
-            const T far = math::sigmoid<bits>(z) + z * math::sigmoid_slope<bits>(z);
-            return gy * math::near_zero<bits>(far, z, -1.27846456f, 1.29792825e-08f,
-                                              0.217811704f, 0.146648794f, 0.018874649f, -0.0152227692f, -0.00660330243f,
-                                              0.000128885949f, 0.000777613663f, 0.00017120078f);
-        }
+        } else return gy * (math::sigmoid<bits>(z) + z * math::sigmoid_slope<bits>(z));
     }
 };
 
@@ -201,7 +200,9 @@ struct tanh {
         if constexpr (math::lean<bits>) return math::tanh_far<bits>(z);
         else return math::tanh<bits>(z);
     }
-    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy * math::sech2<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
+        return gy * math::sech2<bits>(z);
+    }
 };
 
 // tanh where nothing behind it can enlarge its error; chosen by dualop/ranges.py.
@@ -210,7 +211,33 @@ struct tanh_approx : tanh {
         if constexpr (bits == 8) return dualop::tanh_approx(z);
         else return tanh::forward<bits>(z);
     }
-    template <int bits, class T> DUALOP_FUN static T inner(T z) { return math::tanh_far<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T inner(T z) { return tanh::inner<bits>(z); }
+};
+
+// tanh(silu(z)) in one, since tanh's slope multiplies what silu was rounded by with 2 y; chosen by dualop/ranges.py.
+struct silu_tanh {
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        return tanh::forward<bits>(silu::forward<bits>(z));
+    }
+    template <int bits, class T> DUALOP_FUN static T inner(T z) {
+        if constexpr (bits == 24) {
+            const math::Factored s = math::silu_slope(z);
+            return math::tanh_slope(s.value, s.rest).value;
+        } else return tanh::inner<bits>(silu::forward<bits>(z));
+    }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
+        if constexpr (bits == 24) {
+            const math::Factored s = math::silu_slope(z);
+            const math::Factored t = math::tanh_slope(s.value, s.rest);
+            const float factor = z < 0.0f ? s.factor : t.factor, more = ::fmaf(s.more, t.more, s.more + t.more);
+            return gy * ::fmaf(factor, more, factor);  // the product of both: the factor not taken is 1
+        } else return silu::backward<bits>(z, tanh::backward<bits>(silu::forward<bits>(z), gy));
+    }
+};
+struct silu_tanh_approx : silu_tanh {
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        return tanh_approx::forward<bits>(silu::forward<bits>(z));
+    }
 };
 
 // z - tanh(z), by a polynomial where that cancels. float64 cancels, as torch does.
@@ -283,6 +310,13 @@ struct gelu_unit {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::normcdf_unit<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         return gy * math::gelu_slope_unit<bits>(z);
+    }
+};
+
+// gelu for -0.5 <= z <= 1, for instance behind silu and tanh; chosen by dualop/ranges.py.
+struct gelu_upper : gelu_unit {
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
+        return gy * math::gelu_slope_upper<bits>(z);
     }
 };
 

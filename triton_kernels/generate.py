@@ -14,7 +14,7 @@ from collections.abc import Sequence
 Step = tuple[str, Sequence[float], int | float | None]
 
 # Stages whose value on the way in a backward has a function of its own.
-_INNER = {name: "_inner" for name in ("sigmoid", "tanh", "tanh_approx")}
+_INNER = {name: "_inner" for name in ("sigmoid", "tanh", "tanh_approx", "silu_tanh", "silu_tanh_approx")}
 
 _HEAD = '''"""{title}: written by dualop, do not edit."""
 

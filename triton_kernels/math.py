@@ -79,6 +79,31 @@ def log1p(z, BITS: tl.constexpr):
 
 
 @triton.jit
+def scaled_exp(a, rest, N: tl.constexpr):
+    """exp(-N (a + rest)) = two (1 + p), float32 only, as (two, r, bend) with p = -N r + r^2 bend."""
+    log2_e: tl.constexpr = 1.4426950408889634
+    ln_2: tl.constexpr = 0.6931471805599453
+    k = platform.fma(a, number(a, -N * log2_e), number(a, 12582912.0)) - 12582912.0  # beyond 2^23: integers only
+    r = platform.fma(k, number(a, ln_2 / N), a) + rest
+    bend = platform.fma(
+        r, number(a, N * N * N * N * N * N * 0.00138207339), number(a, -N * N * N * N * N * 0.00836867746)
+    )
+    bend = platform.fma(r, bend, number(a, N * N * N * N * 0.0416682661))
+    bend = platform.fma(r, bend, number(a, -N * N * N * 0.166665211))
+    return platform.ex2_approx(k), r, platform.fma(r, bend, number(a, N * N * 0.49999994))
+
+
+@triton.jit
+def small(r, bend, N: tl.constexpr):
+    return platform.fma(r * r, bend, -N * r)
+
+
+@triton.jit
+def whole(two, r, bend, N: tl.constexpr):
+    return platform.fma(two, small(r, bend, N), two)
+
+
+@triton.jit
 def exp_neg(a, BITS: tl.constexpr, N: tl.constexpr = 1):
     """exp(-N a) for a >= 0."""
     log2_e: tl.constexpr = 1.4426950408889634
@@ -87,11 +112,19 @@ def exp_neg(a, BITS: tl.constexpr, N: tl.constexpr = 1):
     elif BITS <= 11:
         return platform.ex2_approx(a * (-N * log2_e))
     else:
-        c = min_nan(a, number(a, 89.0 / N))
-        p = c * (-N * log2_e)
-        e = platform.ex2_approx(p)
-        d = platform.fma(p, number(a, 1.90465421e-9), platform.fma(p, number(a, -0.693147182), -N * c))
-        return platform.fma(e, d, e)
+        two, r, bend = scaled_exp(min_nan(a, number(a, 89.0 / N)), number(a, -0.0), N)
+        return whole(two, r, bend, N)
+
+
+@triton.jit
+def quotient(x, e, BITS: tl.constexpr):
+    """x / (1 + e) for 0 <= e < 2, in float32 with the remainder"""
+    r = rcp(1.0 + e, BITS)
+    t = x * r
+    if BITS == 24:
+        return platform.fma(r, platform.fma(-t, e, x - t), t)
+    else:
+        return t
 
 
 @triton.jit
@@ -106,15 +139,19 @@ def rcp_1p(e, BITS: tl.constexpr, N: tl.constexpr = 1):
         return rcp(1.0 / N + (1.0 / N) * e, BITS)
 
 
-# With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e), and their product is the derivative.
-# Nothing cancels and nothing overflows.
+# With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e) = v, and their product, in float32
+# v - v^2, is the derivative. Nothing overflows, and v <= 1/2 cancels nothing.
 
 
 @triton.jit
 def sigmoid(z, BITS: tl.constexpr):
     e = exp_neg(tl.abs(z), BITS)
-    r = rcp_1p(e, BITS)
-    return tl.where(z < 0, e * r, r)
+    if BITS == 24:
+        v = quotient(e, e, BITS)
+        return tl.where(z < 0, v, 1.0 - v)
+    else:
+        r = rcp_1p(e, BITS)
+        return tl.where(z < 0, e * r, r)
 
 
 @triton.jit
@@ -130,17 +167,15 @@ def sigmoid_alone(z, BITS: tl.constexpr):
 @triton.jit
 def sigmoid_slope(z, BITS: tl.constexpr):
     e = exp_neg(tl.abs(z), BITS)
-    r = rcp_1p(e, BITS)
-    return e * r * r
+    if BITS == 24:
+        v = quotient(e, e, BITS)
+        return platform.fma(-v, v, v)
+    else:
+        r = rcp_1p(e, BITS)
+        return e * r * r
 
 
-# The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2: for |z| < 0.55, and for |z| < 1.2.
-
-
-@triton.jit
-def tanh_series(u):
-    p = 0.0539106987 + u * (-0.0213160906 + u * 0.00662128581)
-    return 0.333333313 + u * (-0.133331209 + u * p)
+# The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2 for |z| < 1.2.
 
 
 @triton.jit
@@ -173,22 +208,70 @@ def tanh(z, BITS: tl.constexpr):
         p = 0.999998715 + u * (0.117111504 + u * 0.00167329065)
         return c * p * platform.rcp_approx(1.0 + u * (0.45043405 + u * (0.0184998655 + u * 6.70261213e-05)))
     else:
-        u = z * z
-        near = platform.fma(z * u, -tanh_series(u), z)
-        return tl.where(tl.abs(z) < 0.55, near, tanh_far(z, BITS))
+        two, r, bend = scaled_exp(min_nan(tl.abs(z), number(z, 44.0)), number(z, -0.0), 2)
+        complement = platform.fma(-two, small(r, bend, 2), 1.0 - two)
+        return platform.copysign(quotient(complement, whole(two, r, bend, 2), BITS), z)
+
+
+# A slope in float32 is factor (1 + more), more far from -1. Beside it the function's value, rounded, and what the
+# rounding left: (factor, more, value, rest).
+
+
+@triton.jit
+def slope(factor, more):
+    return platform.fma(factor, more, factor)
+
+
+@triton.jit
+def tanh_slope(y, rest):
+    """tanh and its slope at y + rest, y > -0.3"""
+    two, r, bend = scaled_exp(y, rest, 2)
+    near = y < 0.65
+    p = small(r, bend, 2)
+    e = whole(two, r, bend, 2)
+    h = quotient(tl.where(near, platform.fma(-two, p, 1.0 - two), e), e, 24)
+    square = h * h
+    more = platform.fma(1.0 + p, platform.fma(h, number(h, -2.0), square), p)
+    value = tl.where(near, h, platform.fma(h, number(h, -2.0), number(h, 1.0)))
+    return tl.where(near, 1.0, 4.0 * two), tl.where(near, -square, more), value, number(h, 0.0)
+
+
+@triton.jit
+def silu(z):
+    """z sigmoid(z), float32 only"""
+    a = min_nan(tl.abs(z), number(z, 89.0))
+    two, r, bend = scaled_exp(a, number(z, -0.0), 1)
+    e = whole(two, r, bend, 1)
+    return platform.fma(-a, quotient(e, e, 24), tl.where(z < 0, 0.0, z))
+
+
+@triton.jit
+def silu_slope(z):
+    """The same up to 89 and its slope."""
+    negative = z < 0
+    a = min_nan(tl.abs(z), number(z, 89.0))
+    two, r, bend = scaled_exp(a, number(z, -0.0), 1)
+    m = platform.fma(two, r * r * bend, platform.fma(-two, r, (1.0 - a) + two))
+    e = whole(two, r, bend, 1)
+    v = quotient(e, e, 24)
+    k = platform.fma(-v, v, v)
+    s = platform.fma(a, k, -v)
+    top = tl.where(negative, 0.0, a)
+    y = platform.fma(-a, v, top)
+    below = tl.where(tl.abs(m) < 0.47, k * m, -s)
+    return tl.where(negative, below, 1.0), tl.where(negative, 0.0, s), y, platform.fma(-a, v, top - y)
 
 
 @triton.jit
 def sech2(z, BITS: tl.constexpr):
     """1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not."""
-    e = exp_neg(tl.abs(z), BITS, 2)
-    r = rcp_1p(e, BITS, 2)
-    far = (e * r) * r
-    if BITS != 24:
-        return far
+    if BITS == 24:
+        factor, more, _, _ = tanh_slope(min_nan(tl.abs(z), number(z, 44.0)), number(z, -0.0))
+        return slope(factor, more)
     else:
-        t = 1.0 - e * r
-        return tl.where(t < 0.5, platform.fma(-t, t, number(z, 1.0)), far)
+        e = exp_neg(tl.abs(z), BITS, 2)
+        r = rcp_1p(e, BITS, 2)
+        return (e * r) * r
 
 
 @triton.jit
@@ -283,3 +366,15 @@ def gelu_slope_unit(z, BITS: tl.constexpr):
         p = 0.00667734817 + z * (-0.00886739511 + z * (-0.000823385722 + z * p))
         p = 0.17665346 + z * (-0.234976366 + z * (-0.0412148908 + z * (0.0548188388 + z * p)))
         return ((z + 0.751791537) - 1.21144499e-08) * (0.665077984 + z * p)
+
+
+@triton.jit
+def gelu_slope_upper(z, BITS: tl.constexpr):
+    """The same for -0.5 <= z <= 1."""
+    if BITS != 24:
+        return gelu_slope_unit(z, BITS)
+    else:
+        u = z * z
+        p = -0.00947522186 + u * (0.0011175595 + u * -8.48879208e-05)
+        p = -0.265960544 + u * (0.0598340444 + u * p)
+        return platform.fma(z, platform.fma(u, p, number(z, 0.797884524)), number(z, 0.5))

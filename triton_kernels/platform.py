@@ -41,6 +41,10 @@ if INTERPRETED:
         values = a.handle.data.astype(np.float64) * b.handle.data + c.handle.data
         return tl.core.tensor(TensorHandle(values.astype(np.float32), tl.float32), (a + b + c).type)
 
+    def copysign(a, b):
+        values = np.copysign(a.handle.data, b.handle.data)
+        return tl.core.tensor(TensorHandle(values, a.handle.dtype), a.type)
+
     def let_next_kernel_begin(EARLY):
         pass
 
@@ -69,6 +73,7 @@ else:
     log1p = libdevice.log1p
     tanh = libdevice.tanh
     erfc = libdevice.erfc
+    copysign = libdevice.copysign
 
     @triton.jit
     def ex2_approx(z):

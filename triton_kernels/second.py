@@ -112,6 +112,11 @@ def gelu_unit(z, BITS: tl.constexpr):
     return gelu(z, BITS)
 
 
+@triton.jit
+def gelu_upper(z, BITS: tl.constexpr):
+    return gelu(z, BITS)
+
+
 # The second derivative of z sigmoid(u(z)); see stages.gelu_tanh.
 @triton.jit
 def gelu_tanh(z, BITS: tl.constexpr):

@@ -252,30 +252,22 @@ def sigmoid_backward(z, gy, BITS: tl.constexpr):
 # y' = s + z s'
 @triton.jit
 def silu(z, BITS: tl.constexpr):
-    return z * math.sigmoid_alone(z, BITS)
+    if BITS == 24:
+        return math.silu(z)
+    else:
+        return z * math.sigmoid_alone(z, BITS)
 
 
 @triton.jit
 def silu_backward(z, gy, BITS: tl.constexpr):
-    if BITS <= 11:
+    if BITS == 24:
+        factor, more, _, _ = math.silu_slope(z)
+        return gy * math.slope(factor, more)
+    elif BITS <= 11:
         s = math.sigmoid_alone(z, BITS)
         return gy * (s + (z * s) * (1.0 - s))
     else:
-        return gy * math.near_zero(
-            math.sigmoid(z, BITS) + z * math.sigmoid_slope(z, BITS),
-            z,
-            -1.27846456,
-            1.29792825e-08,
-            0.217811704,
-            0.146648794,
-            0.018874649,
-            -0.0152227692,
-            -0.00660330243,
-            0.000128885949,
-            0.000777613663,
-            0.00017120078,
-            BITS,
-        )
+        return gy * (math.sigmoid(z, BITS) + z * math.sigmoid_slope(z, BITS))
 
 
 @triton.jit
@@ -308,12 +300,54 @@ def tanh_approx(z, BITS: tl.constexpr):
 
 @triton.jit
 def tanh_approx_inner(z, BITS: tl.constexpr):
-    return math.tanh_far(z, BITS)
+    return tanh_inner(z, BITS)
 
 
 @triton.jit
 def tanh_approx_backward(z, gy, BITS: tl.constexpr):
-    return gy * math.sech2(z, BITS)
+    return tanh_backward(z, gy, BITS)
+
+
+# tanh(silu(z)) in one, since tanh's slope multiplies what silu was rounded by with 2 y; chosen by dualop/ranges.py.
+@triton.jit
+def silu_tanh(z, BITS: tl.constexpr):
+    return tanh(silu(z, BITS), BITS)
+
+
+@triton.jit
+def silu_tanh_inner(z, BITS: tl.constexpr):
+    if BITS == 24:
+        _, _, y, rest = math.silu_slope(z)
+        _, _, value, _ = math.tanh_slope(y, rest)
+        return value
+    else:
+        return tanh_inner(silu(z, BITS), BITS)
+
+
+@triton.jit
+def silu_tanh_backward(z, gy, BITS: tl.constexpr):
+    if BITS == 24:
+        f1, m1, y, rest = math.silu_slope(z)
+        f2, m2, _, _ = math.tanh_slope(y, rest)
+        # The product of both: the factor not taken is 1.
+        return gy * math.slope(tl.where(z < 0, f1, f2), math.platform.fma(m1, m2, m1 + m2))
+    else:
+        return silu_backward(z, tanh_backward(silu(z, BITS), gy, BITS), BITS)
+
+
+@triton.jit
+def silu_tanh_approx(z, BITS: tl.constexpr):
+    return tanh_approx(silu(z, BITS), BITS)
+
+
+@triton.jit
+def silu_tanh_approx_inner(z, BITS: tl.constexpr):
+    return silu_tanh_inner(z, BITS)
+
+
+@triton.jit
+def silu_tanh_approx_backward(z, gy, BITS: tl.constexpr):
+    return silu_tanh_backward(z, gy, BITS)
 
 
 # z - tanh(z), by a polynomial where that cancels. float64 cancels, as torch does.
@@ -420,6 +454,17 @@ def gelu_unit(z, BITS: tl.constexpr):
 @triton.jit
 def gelu_unit_backward(z, gy, BITS: tl.constexpr):
     return gy * math.gelu_slope_unit(z, BITS)
+
+
+# gelu for -0.5 <= z <= 1, for instance behind silu and tanh; chosen by dualop/ranges.py.
+@triton.jit
+def gelu_upper(z, BITS: tl.constexpr):
+    return gelu_unit(z, BITS)
+
+
+@triton.jit
+def gelu_upper_backward(z, gy, BITS: tl.constexpr):
+    return gy * math.gelu_slope_upper(z, BITS)
 
 
 # z (1 + tanh(u)) / 2 = z sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3)
