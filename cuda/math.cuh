@@ -2,10 +2,9 @@
 // triton_kernels/math.py has the same functions in the same order.
 //
 // 16-bit results (bits <= 11) use the GPU's approximate instructions: ex2 and rcp are good to about 2^-22, and
-// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 takes ex2 for powers of two alone, where it is exact,
-// and corrects rcp; float64 uses CUDA's own functions.
+// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 takes what single.cuh has, float64 CUDA's own functions.
 #pragma once
-#include "types.cuh"
+#include "single.cuh"
 
 namespace dualop::math {
 
@@ -51,32 +50,11 @@ template <int bits, class T> DUALOP_FUN T log1p(T z) {
     }
 }
 
-// exp(-n (a + rest)) = two (1 + p) in float32, a in [-0.3, 89 / n]: `two` is a power of two, and p in [-0.3, 0.42] is
-// -n r + r^2 bend with r = a + rest - k ln 2 / n. r is exact but for `rest` and for what ln 2 has beyond 24 bits, 2.8e-9 of
-// a; the polynomial is good to 2^-28. So `two` and p have next to no error where they are used apart.
-template <int n> struct ScaledExp { float two, r, bend; };
-template <int n> DUALOP_FUN ScaledExp<n> scaled_exp(float a, float rest = -0.0f) {
-    const float k = ::fmaf(a, -n * log2_e<float>, 12582912.0f) - 12582912.0f;  // beyond 2^23 there are integers only
-    const float r = ::fmaf(k, ln_2<float> / n, a) + rest;
-    float bend = ::fmaf(r, n * n * n * n * n * n * 0.00138207339f, -n * n * n * n * n * 0.00836867746f);
-    bend = ::fmaf(r, ::fmaf(r, bend, n * n * n * n * 0.0416682661f), -n * n * n * 0.166665211f);
-    return {ex2_approx(k), r, ::fmaf(r, bend, n * n * 0.49999994f)};
-}
-template <int n> DUALOP_FUN float small(ScaledExp<n> e) { return ::fmaf(e.r * e.r, e.bend, -n * e.r); }
-template <int n> DUALOP_FUN float whole(ScaledExp<n> e) { return ::fmaf(e.two, small(e), e.two); }
-
 // exp(-n a) for a >= 0. In float32 it is 0 beyond n a = 88; at infinity r would be infinity - infinity.
 template <int bits, int n = 1, class T> DUALOP_FUN T exp_neg(T a) {
     if constexpr (bits == 53) return ::exp(T(-n) * a);
     else if constexpr (lean<bits>) return ex2_approx(a * (-n * log2_e<T>));
-    else return whole(scaled_exp<n>(min_nan(a, 89.0f / n)));
-}
-
-// x / (1 + e) for 0 <= e < 2. In float32 with the remainder, so that it is as good as one rounding.
-template <int bits, class T> DUALOP_FUN T quotient(T x, T e) {
-    const T r = rcp<bits>(T(1) + e), t = x * r;
-    if constexpr (bits != 24) return t;
-    else return ::fmaf(r, ::fmaf(-t, e, x - t), t);
+    else return exp_below<n>(min_nan(a, 89.0f / n));
 }
 
 // n / (1 + e) for 0 <= e <= 1. In float32 with a Newton step on e itself, since 1 + e has lost its last bits.
@@ -93,7 +71,7 @@ template <int bits, int n = 1, class T> DUALOP_FUN T rcp_1p(T e) {
 template <int bits, class T> DUALOP_FUN T sigmoid(T z) {
     const T e = exp_neg<bits>(::fabs(z));
     if constexpr (bits == 24) {
-        const float v = quotient<bits>(e, e);
+        const float v = quotient(e, e);
         return z < 0.0f ? v : 1.0f - v;
     } else {
         const T r = rcp_1p<bits>(e);
@@ -108,7 +86,7 @@ template <int bits, class T> DUALOP_FUN T sigmoid_alone(T z) {
 template <int bits, class T> DUALOP_FUN T sigmoid_slope(T z) {
     const T e = exp_neg<bits>(::fabs(z));
     if constexpr (bits == 24) {
-        const float v = quotient<bits>(e, e);
+        const float v = quotient(e, e);
         return ::fmaf(-v, v, v);
     } else {
         const T r = rcp_1p<bits>(e);
@@ -139,45 +117,7 @@ template <int bits, class T> DUALOP_FUN T tanh(T z) {
         const float c = min_nan(max_nan(z, -4.7f), 4.7f), u = c * c;
         const float p = 0.999998715f + u * (0.117111504f + u * 0.00167329065f);
         return c * p * rcp_approx(1.0f + u * (0.45043405f + u * (0.0184998655f + u * 6.70261213e-05f)));
-    } else {  // (1 - e) / (1 + e) with e = exp(-2 |z|), whose two parts give the difference from 1 before it is rounded
-        const ScaledExp<2> e = scaled_exp<2>(min_nan(::fabsf(z), 44.0f));
-        return ::copysignf(quotient<bits>(::fmaf(-e.two, small(e), 1.0f - e.two), whole(e)), z);
-    }
-}
-
-// A slope in float32 as factor (1 + more), where more is far from -1: products of slopes round next to nothing then.
-// Beside it the function's value, rounded, and what the rounding left.
-struct Factored { float factor, more, value, rest; };
-DUALOP_FUN float slope(Factored s) { return ::fmaf(s.factor, s.more, s.factor); }
-
-// tanh and its slope at y + rest, y > -0.3. 1 - tanh^2 is good while tanh is small. Then comes 4 e (1 - h)^2 with
-// e = exp(-2 y) in its two parts and h = e / (1 + e). Here tanh is (1 - e) / (1 + e) as above, there 1 - 2 h.
-DUALOP_FUN Factored tanh_slope(float y, float rest) {
-    const ScaledExp<2> s = scaled_exp<2>(y, rest);
-    const bool near = y < 0.65f;
-    const float p = small(s), e = whole(s), complement = ::fmaf(-s.two, p, 1.0f - s.two);
-    const float h = quotient<24>(near ? complement : e, e), far = ::fmaf(-2.0f, h, 1.0f);
-    const float square = h * h, more = ::fmaf(1.0f + p, ::fmaf(-2.0f, h, square), p), factor = 4.0f * s.two;
-    return {near ? 1.0f : factor, near ? -square : more, near ? h : far, 0.0f};
-}
-
-// z sigmoid(z) = max(z, 0) - a v with a = |z|, v = sigmoid(-a).
-DUALOP_FUN float silu(float z) {
-    const float a = min_nan(::fabsf(z), 89.0f), e = whole(scaled_exp<1>(a));
-    return ::fmaf(-a, quotient<24>(e, e), z < 0.0f ? 0.0f : z);
-}
-
-// The same up to 89 and its slope: 1 + s for z >= 0 and -s for z < 0, with s = a k - v and k = v (1 - v). That is 0 at
-// z = -1.278: close to it k m with m = 1 - a + exp(-a), where only the small parts of exp are rounded.
-DUALOP_FUN Factored silu_slope(float z) {
-    const bool negative = z < 0.0f;
-    const float a = min_nan(::fabsf(z), 89.0f);
-    const ScaledExp<1> e = scaled_exp<1>(a);
-    const float bent = e.r * e.r * e.bend, m = ::fmaf(e.two, bent, ::fmaf(-e.two, e.r, (1.0f - a) + e.two));
-    const float v = quotient<24>(whole(e), whole(e)), k = ::fmaf(-v, v, v), s = ::fmaf(a, k, -v), close = k * m;
-    const float top = negative ? 0.0f : a, y = ::fmaf(-a, v, top), rest = ::fmaf(-a, v, top - y);
-    const float below = ::fabsf(m) < 0.47f ? close : -s;
-    return {negative ? below : 1.0f, negative ? 0.0f : s, y, rest};
+    } else return tanh_long(z);
 }
 
 // 1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not.
@@ -189,19 +129,6 @@ template <int bits, class T> DUALOP_FUN T sech2(T z) {
     }
 }
 
-// A derivative that has a zero at hi + lo, where its formula `far` cancels: within 0.5 of it, t P(t) with a minimax P.
-// float32 only: 16-bit results do not show it, float64 has no such polynomial.
-template <int bits, class T>
-DUALOP_FUN T near_zero(T far, T z, float hi, float lo, float c0, float c1, float c2, float c3, float c4, float c5,
-                        float c6, float c7) {
-    if constexpr (bits != 24) return far;
-    else {
-        const float t = (z - hi) - lo;
-        const float near = t * (c0 + t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * (c5 + t * (c6 + t * c7)))))));
-        return ::fabsf(t) < 0.5f ? near : far;
-    }
-}
-
 // The density of the normal distribution.
 template <int bits, class T> DUALOP_FUN T normpdf(T z) { return inverse_sqrt_2pi<T> * exp_neg<bits>(T(0.5) * z * z); }
 
@@ -209,7 +136,6 @@ template <int bits, class T> DUALOP_FUN T normpdf(T z) { return inverse_sqrt_2pi
 // Stegun's 7.1.26 for erfc(|z| / sqrt(2)), off by at most 1.5e-7.
 template <int bits, class T> DUALOP_FUN T normcdf(T z) {
     if constexpr (bits == 53) return 0.5 * ::erfc(-z * sqrt_half<T>);
-    else if constexpr (!lean<bits>) return 0.5f * ::erfcf(-z * sqrt_half<T>);
     else {
         const float t = rcp<bits>(1.0f + 0.3275911f * sqrt_half<T> * ::fabsf(z));
         const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
@@ -229,16 +155,9 @@ template <int bits, class T> DUALOP_FUN T normcdf_unit(T z) {
             + u * (0.000113512659f + u * -7.66467929e-06f)))));
 }
 
-// gelu's derivative, Phi(z) + z Phi'(z).
-template <int bits, class T> DUALOP_FUN T gelu_slope(T z) {
-    return near_zero<bits>(normcdf<bits>(z) + z * normpdf<bits>(z), z, -0.751791537f, 1.21144499e-08f, 0.431493998f,
-                           0.388284802f, -0.0182022788f, -0.114001982f, -0.0147178257f, 0.0193631444f, 0.00418536039f,
-                           -0.00204687216f);
-}
-
-// The same for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor.
+// gelu's derivative Phi(z) + z Phi'(z) for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor.
 template <int bits, class T> DUALOP_FUN T gelu_slope_unit(T z) {
-    if constexpr (bits == 53) return gelu_slope<bits>(z);
+    if constexpr (bits == 53) return normcdf<bits>(z) + z * normpdf<bits>(z);
     else if constexpr (lean<bits>) {
         const float u = z * z;
         const float p = -0.265952706f + u * (0.0597694553f + u * (-0.00929194223f + u * 0.000906444388f));

@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 
 from {package} import stages
-from {package}.math import number
-from {package}.platform import count, let_next_kernel_begin
+from {package}.platform import count, let_next_kernel_begin, number
 from {package}.tile import add, inside, place, programs, read, write, write_partial, zeros
 '''
 

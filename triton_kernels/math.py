@@ -9,23 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import platform
-
-
-@triton.jit
-def number(z, value: tl.constexpr):
-    """`value` in z's dtype. Triton makes a float32 of a bare number, which a float64 z must not get."""
-    return tl.full([1, 1], value, z.dtype)
-
-
-@triton.jit
-def min_nan(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def max_nan(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+from . import platform, single
+from .platform import max_nan, min_nan, number
 
 
 @triton.jit
@@ -79,31 +64,6 @@ def log1p(z, BITS: tl.constexpr):
 
 
 @triton.jit
-def scaled_exp(a, rest, N: tl.constexpr):
-    """exp(-N (a + rest)) = two (1 + p), float32 only, as (two, r, bend) with p = -N r + r^2 bend."""
-    log2_e: tl.constexpr = 1.4426950408889634
-    ln_2: tl.constexpr = 0.6931471805599453
-    k = platform.fma(a, number(a, -N * log2_e), number(a, 12582912.0)) - 12582912.0  # beyond 2^23: integers only
-    r = platform.fma(k, number(a, ln_2 / N), a) + rest
-    bend = platform.fma(
-        r, number(a, N * N * N * N * N * N * 0.00138207339), number(a, -N * N * N * N * N * 0.00836867746)
-    )
-    bend = platform.fma(r, bend, number(a, N * N * N * N * 0.0416682661))
-    bend = platform.fma(r, bend, number(a, -N * N * N * 0.166665211))
-    return platform.ex2_approx(k), r, platform.fma(r, bend, number(a, N * N * 0.49999994))
-
-
-@triton.jit
-def small(r, bend, N: tl.constexpr):
-    return platform.fma(r * r, bend, -N * r)
-
-
-@triton.jit
-def whole(two, r, bend, N: tl.constexpr):
-    return platform.fma(two, small(r, bend, N), two)
-
-
-@triton.jit
 def exp_neg(a, BITS: tl.constexpr, N: tl.constexpr = 1):
     """exp(-N a) for a >= 0."""
     log2_e: tl.constexpr = 1.4426950408889634
@@ -112,19 +72,7 @@ def exp_neg(a, BITS: tl.constexpr, N: tl.constexpr = 1):
     elif BITS <= 11:
         return platform.ex2_approx(a * (-N * log2_e))
     else:
-        two, r, bend = scaled_exp(min_nan(a, number(a, 89.0 / N)), number(a, -0.0), N)
-        return whole(two, r, bend, N)
-
-
-@triton.jit
-def quotient(x, e, BITS: tl.constexpr):
-    """x / (1 + e) for 0 <= e < 2, in float32 with the remainder"""
-    r = rcp(1.0 + e, BITS)
-    t = x * r
-    if BITS == 24:
-        return platform.fma(r, platform.fma(-t, e, x - t), t)
-    else:
-        return t
+        return single.exp_below(min_nan(a, number(a, 89.0 / N)), number(a, -0.0), N)
 
 
 @triton.jit
@@ -147,7 +95,7 @@ def rcp_1p(e, BITS: tl.constexpr, N: tl.constexpr = 1):
 def sigmoid(z, BITS: tl.constexpr):
     e = exp_neg(tl.abs(z), BITS)
     if BITS == 24:
-        v = quotient(e, e, BITS)
+        v = single.quotient(e, e)
         return tl.where(z < 0, v, 1.0 - v)
     else:
         r = rcp_1p(e, BITS)
@@ -168,7 +116,7 @@ def sigmoid_alone(z, BITS: tl.constexpr):
 def sigmoid_slope(z, BITS: tl.constexpr):
     e = exp_neg(tl.abs(z), BITS)
     if BITS == 24:
-        v = quotient(e, e, BITS)
+        v = single.quotient(e, e)
         return platform.fma(-v, v, v)
     else:
         r = rcp_1p(e, BITS)
@@ -208,95 +156,19 @@ def tanh(z, BITS: tl.constexpr):
         p = 0.999998715 + u * (0.117111504 + u * 0.00167329065)
         return c * p * platform.rcp_approx(1.0 + u * (0.45043405 + u * (0.0184998655 + u * 6.70261213e-05)))
     else:
-        two, r, bend = scaled_exp(min_nan(tl.abs(z), number(z, 44.0)), number(z, -0.0), 2)
-        complement = platform.fma(-two, small(r, bend, 2), 1.0 - two)
-        return platform.copysign(quotient(complement, whole(two, r, bend, 2), BITS), z)
-
-
-# A slope in float32 is factor (1 + more), more far from -1. Beside it the function's value, rounded, and what the
-# rounding left: (factor, more, value, rest).
-
-
-@triton.jit
-def slope(factor, more):
-    return platform.fma(factor, more, factor)
-
-
-@triton.jit
-def tanh_slope(y, rest):
-    """tanh and its slope at y + rest, y > -0.3"""
-    two, r, bend = scaled_exp(y, rest, 2)
-    near = y < 0.65
-    p = small(r, bend, 2)
-    e = whole(two, r, bend, 2)
-    h = quotient(tl.where(near, platform.fma(-two, p, 1.0 - two), e), e, 24)
-    square = h * h
-    more = platform.fma(1.0 + p, platform.fma(h, number(h, -2.0), square), p)
-    value = tl.where(near, h, platform.fma(h, number(h, -2.0), number(h, 1.0)))
-    return tl.where(near, 1.0, 4.0 * two), tl.where(near, -square, more), value, number(h, 0.0)
-
-
-@triton.jit
-def silu(z):
-    """z sigmoid(z), float32 only"""
-    a = min_nan(tl.abs(z), number(z, 89.0))
-    two, r, bend = scaled_exp(a, number(z, -0.0), 1)
-    e = whole(two, r, bend, 1)
-    return platform.fma(-a, quotient(e, e, 24), tl.where(z < 0, 0.0, z))
-
-
-@triton.jit
-def silu_slope(z):
-    """The same up to 89 and its slope."""
-    negative = z < 0
-    a = min_nan(tl.abs(z), number(z, 89.0))
-    two, r, bend = scaled_exp(a, number(z, -0.0), 1)
-    m = platform.fma(two, r * r * bend, platform.fma(-two, r, (1.0 - a) + two))
-    e = whole(two, r, bend, 1)
-    v = quotient(e, e, 24)
-    k = platform.fma(-v, v, v)
-    s = platform.fma(a, k, -v)
-    top = tl.where(negative, 0.0, a)
-    y = platform.fma(-a, v, top)
-    below = tl.where(tl.abs(m) < 0.47, k * m, -s)
-    return tl.where(negative, below, 1.0), tl.where(negative, 0.0, s), y, platform.fma(-a, v, top - y)
+        return single.tanh_long(z)
 
 
 @triton.jit
 def sech2(z, BITS: tl.constexpr):
     """1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not."""
     if BITS == 24:
-        factor, more, _, _ = tanh_slope(min_nan(tl.abs(z), number(z, 44.0)), number(z, -0.0))
-        return slope(factor, more)
+        factor, more, _, _ = single.tanh_slope(min_nan(tl.abs(z), number(z, 44.0)), number(z, -0.0))
+        return single.slope(factor, more)
     else:
         e = exp_neg(tl.abs(z), BITS, 2)
         r = rcp_1p(e, BITS, 2)
         return (e * r) * r
-
-
-@triton.jit
-def near_zero(
-    far,
-    z,
-    hi: tl.constexpr,
-    lo: tl.constexpr,
-    c0: tl.constexpr,
-    c1: tl.constexpr,
-    c2: tl.constexpr,
-    c3: tl.constexpr,
-    c4: tl.constexpr,
-    c5: tl.constexpr,
-    c6: tl.constexpr,
-    c7: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """A derivative that has a zero at hi + lo, where its formula `far` cancels: close to it a polynomial."""
-    if BITS != 24:
-        return far
-    else:
-        t = (z - hi) - lo
-        near = t * (c0 + t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * (c5 + t * (c6 + t * c7)))))))
-        return tl.where(tl.abs(t) < 0.5, near, far)
 
 
 @triton.jit
@@ -333,30 +205,10 @@ def normcdf_unit(z, BITS: tl.constexpr):
 
 
 @triton.jit
-def gelu_slope(z, BITS: tl.constexpr):
-    """gelu's derivative, Phi(z) + z Phi'(z)."""
-    return near_zero(
-        normcdf(z, BITS) + z * normpdf(z, BITS),
-        z,
-        -0.751791537,
-        1.21144499e-08,
-        0.431493998,
-        0.388284802,
-        -0.0182022788,
-        -0.114001982,
-        -0.0147178257,
-        0.0193631444,
-        0.00418536039,
-        -0.00204687216,
-        BITS,
-    )
-
-
-@triton.jit
 def gelu_slope_unit(z, BITS: tl.constexpr):
-    """The same for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor."""
+    """gelu's derivative for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor."""
     if BITS == 53:
-        return gelu_slope(z, BITS)
+        return normcdf(z, BITS) + z * normpdf(z, BITS)
     elif BITS <= 11:
         u = z * z
         p = -0.265952706 + u * (0.0597694553 + u * (-0.00929194223 + u * 0.000906444388))

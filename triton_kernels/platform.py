@@ -109,3 +109,19 @@ else:
     @triton.jit
     def round_to(z, dtype: tl.constexpr):
         return z.to(dtype)
+
+
+@triton.jit
+def number(z, value: tl.constexpr):
+    """`value` in z's dtype. Triton makes a float32 of a bare number, which a float64 z must not get."""
+    return tl.full([1, 1], value, z.dtype)
+
+
+@triton.jit
+def min_nan(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

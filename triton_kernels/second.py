@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from . import math
-from .math import divide, max_nan, min_nan, number
+from .math import divide
+from .platform import max_nan, min_nan, number
 
 
 @triton.jit
