@@ -24,6 +24,12 @@ template <int n> DUALOP_FUN float small(ScaledExp<n> e) { return ::fmaf(e.r * e.
 template <int n> DUALOP_FUN float whole(ScaledExp<n> e) { return ::fmaf(e.two, small(e), e.two); }
 template <int n> DUALOP_FUN float exp_below(float a, float rest = -0.0f) { return whole(scaled_exp<n>(a, rest)); }
 
+// exp(z / alpha) for z <= 0, alpha > 0, with the remainder of the quotient.
+DUALOP_FUN float exp_ratio(float z, float alpha, float inverse) {
+    const float a = -max_nan(z, -89.0f * alpha), s = a * inverse;
+    return exp_below<1>(s, ::fmaf(-s, alpha, a) * inverse);
+}
+
 // x / (1 + e) for e >= 0, with the remainder, which takes e itself: as good as one rounding.
 DUALOP_FUN float quotient(float x, float e) {
     const float r = rcp_approx(1.0f + e), t = x * r;

@@ -166,7 +166,9 @@ template <number_bits alpha> struct celu {
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         constexpr T inverse = T(1 / value<double>(alpha));
-        return z <= T(0) ? gy * math::exp<bits>(z * inverse) : gy;
+        if constexpr (bits == 24 && inverse > 0)
+            return z <= 0.0f ? gy * math::exp_ratio(z, value<float>(alpha), inverse) : gy;
+        else return z <= T(0) ? gy * math::exp<bits>(z * inverse) : gy;
     }
 };
 

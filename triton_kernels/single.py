@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import platform
-from .platform import min_nan, number
+from .platform import max_nan, min_nan, number
 
 
 @triton.jit
@@ -41,6 +41,14 @@ def exp_below(a, rest, N: tl.constexpr):
     """exp(-N (a + rest)), rounded"""
     two, r, bend = scaled_exp(a, rest, N)
     return whole(two, r, bend, N)
+
+
+@triton.jit
+def exp_ratio(z, alpha, inverse):
+    """exp(z / alpha) for z <= 0, alpha > 0"""
+    a = -max_nan(z, -89.0 * alpha)
+    s = a * inverse
+    return exp_below(s, platform.fma(-s, alpha, a) * inverse, 1)
 
 
 @triton.jit

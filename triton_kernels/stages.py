@@ -232,7 +232,11 @@ def celu(z, alpha: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def celu_backward(z, gy, alpha: tl.constexpr, BITS: tl.constexpr):
-    return tl.where(z <= 0, gy * math.exp(z * number(z, 1.0 / alpha), BITS), gy)
+    inverse = number(z, 1.0 / alpha)
+    if BITS == 24 and alpha > 0:
+        return tl.where(z <= 0, gy * single.exp_ratio(z, number(z, alpha), inverse), gy)
+    else:
+        return tl.where(z <= 0, gy * math.exp(z * inverse, BITS), gy)
 
 
 @triton.jit
