@@ -1,9 +1,10 @@
 """The model that dualop was born from: Linear, an added vector, swish, tanh, exact GELU, hardtanh.
 
-The written-out model beside dualop.nn.LinearChain with the same weights, on each backend, and with product and chain in
-one Triton kernel: outputs and the gradients of the input, the weight, the bias and add_value are compared with float64,
-then forward and a training step (forward and all gradients) are timed. Then the same times for a Linear with few inputs
-and many outputs, where the chain takes as long as the product.
+The written-out model beside dualop.nn.LinearChain with the same weights, on each backend, with product and chain in one
+Triton kernel, and as the file that `dualop emit` writes for each backend: outputs and the gradients of the input, the
+weight, the bias and add_value are compared with float64, then forward and a training step (forward and all gradients)
+are timed. Then the same times for a Linear with few inputs and many outputs, where the chain takes as long as the
+product.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ from dualop.bench import timing
 from dualop.bench.measure import Progress, Row, with_ratios, with_time
 from dualop.bench.workloads import COMPILED, EAGER, FORWARD
 from dualop.cases import DEFAULT_CHAIN, DTYPES
+from dualop.emit import emit
+from dualop.generated import imported
 from dualop.nn import LinearChain
 from dualop.registry import BACKENDS
 
 STEP = "training step"
 LINEAR = "linear alone"
+# Besides the backends: a backend's name, a comma, and what is different.
 IN_PRODUCT = "triton, in the product"
+EMITTED = {"cuda, emitted": "cuda", "triton, emitted": "triton"}
 
 Size = tuple[int, int, int]  # batch, in_features, out_features
 SIZES: tuple[Size, ...] = ((1024, 8192, 8192), (16384, 1024, 8192))
@@ -130,7 +135,19 @@ def _models(
         ours.load_state_dict(models[EAGER].state_dict())
         if name != IN_PRODUCT or ours.one_kernel(x):
             models[name] = ours
+    if device.type == "cuda":  # an emitted file has no interpreted kernels
+        for name, backend in EMITTED.items():
+            if backend in backends:
+                model = imported(emit(model=f"linear:{ins}x{outs}", backend=backend, batch=batch))
+                models[name] = model.ModelNew(ins, outs, (outs,)).to(**where)
+                weights = models[EAGER].state_dict()
+                models[name].load_state_dict({k.replace("linear.", "matmul."): w for k, w in weights.items()})
     return models, x, gy
+
+
+def _beside(name: str) -> bool:
+    """Whether it is no backend by itself, nor torch: `steps` does not count it."""
+    return "," in name
 
 
 def _compared(
@@ -143,7 +160,7 @@ def _compared(
     agreements: list[Agreement] = []
     for name, model in models.items():
         if name != EAGER:
-            if name != IN_PRODUCT:
+            if not _beside(name):
                 progress(f"{dtype}: comparing {name}")
             agreements += _agreements(name, dtype, _errors(_results(model, x, gy), exact), eager, exact)
     return agreements
@@ -174,7 +191,7 @@ def _timed(
                 if name in wrong:
                     times.append(replace(row, ok=False, note="wrong, see the comparison"))
                     continue
-                if name != IN_PRODUCT:
+                if not _beside(name):
                     progress(f"{dtype} {direction}: {name}")
                 call = partial(_forward, model, x) if direction == FORWARD else partial(_step, model, x, gy)
                 times.append(with_time(row, timing.timed([call], stream)))
@@ -183,7 +200,7 @@ def _timed(
 
 
 def _interpreted(name: str) -> bool:
-    name = "triton" if name == IN_PRODUCT else name
+    name = name.partition(",")[0]
     return name in BACKENDS and BACKENDS[name].interpreted
 
 
@@ -201,7 +218,7 @@ def _step(model: nn.Module, x: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
 def _results(model: nn.Module, x: Tensor, gy: Tensor) -> dict[str, Tensor]:
     leaf = x.detach().requires_grad_()
     y = model(leaf)
-    names = ["input", *(name.removeprefix("linear.") for name, _ in model.named_parameters())]
+    names = ["input", *(name.rpartition(".")[2] for name, _ in model.named_parameters())]
     gradients = torch.autograd.grad(y, [leaf, *model.parameters()], gy)
     return {"y": y.detach()} | {f"grad_{n}": g for n, g in zip(names, gradients, strict=True)}
 

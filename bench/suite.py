@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 import dualop
-from dualop import check
+from dualop import check, pool
 from dualop.bench import measure
 from dualop.bench.workloads import BACKWARD, COPY, FORWARD, LAUNCH, Workload
 from dualop.cases import DEFAULT_CHAIN
@@ -73,9 +72,6 @@ def works(names: Sequence[str], dtypes: Sequence[str], device: torch.device) -> 
 
 def prepare(todo: Sequence[Workload], backends: Sequence[str], progress: Callable[[int, int], None]) -> None:
     """Compile all kernels, in parallel. What cannot be compiled is left to its own row, which will say so."""
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from multiprocessing import get_context
-
     if "cuda" in backends:
         from dualop.backends.cuda import prepare as build
 
@@ -83,11 +79,7 @@ def prepare(todo: Sequence[Workload], backends: Sequence[str], progress: Callabl
         with contextlib.suppress(BuildError):
             build([(chain, s.x, s.operands) for chain, s in samples], progress)
     if "triton" in backends and todo[0].device.type == "cuda":
-        processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2, len(todo)))
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(_compile, work) for work in todo]
-            for done, _ in enumerate(as_completed(futures), 1):
-                progress(done, len(todo))
+        pool.each(_compile, [(work,) for work in todo], MOST_PROCESSES, progress)
 
 
 def _compile(work: Workload) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualop import candidates, tune, tuned
+from dualop import candidates, pool, tune, tuned
 from dualop.backends import cuda, triton
 from dualop.bench import measure, timing
 from dualop.bench.workloads import Workload, calls
@@ -111,15 +110,7 @@ def prepare(tasks: Sequence[Task], progress: Progress) -> None:
             cuda.prepare(_calls(built), progress)
     compiled = [task for task in tasks if task.backend == "triton" and task.work.device.type == "cuda"]
     launches = [(task, cut) for task in compiled for cut in task.candidates]
-    if launches:
-        from concurrent.futures import ProcessPoolExecutor, as_completed
-        from multiprocessing import get_context
-
-        processes = min(MOST_PROCESSES, os.cpu_count() or 1, len(launches))
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(_launch_once, task, cut) for task, cut in launches]
-            for done, _ in enumerate(as_completed(futures), 1):
-                progress(done, len(launches))
+    pool.each(_launch_once, launches, MOST_PROCESSES, progress)
 
 
 def _calls(tasks: Sequence[Task]) -> Iterator[tuple[Chain, Tensor, Sequence[Tensor]]]:

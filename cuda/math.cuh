@@ -2,10 +2,9 @@
 // triton_kernels/math.py has the same functions in the same order.
 //
 // 16-bit results (bits <= 11) use the GPU's approximate instructions: ex2 and rcp are good to about 2^-22, and
-// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 starts from the same instructions and corrects what they and the roundings
-// leave over; float64 uses CUDA's own functions.
+// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 takes what single.cuh has, float64 CUDA's own functions.
 #pragma once
-#include "types.cuh"
+#include "single.cuh"
 
 namespace dualop::math {
 
@@ -51,16 +50,11 @@ template <int bits, class T> DUALOP_FUN T log1p(T z) {
     }
 }
 
-// exp(-n a) for a >= 0. In float32 2^p with p = -n a log2(e) rounded, times exp of what the rounding left: 1 + d. Beyond
-// n a = 88 the result is 0, and at infinity d would be infinity - infinity.
+// exp(-n a) for a >= 0. In float32 it is 0 beyond n a = 88; at infinity r would be infinity - infinity.
 template <int bits, int n = 1, class T> DUALOP_FUN T exp_neg(T a) {
     if constexpr (bits == 53) return ::exp(T(-n) * a);
     else if constexpr (lean<bits>) return ex2_approx(a * (-n * log2_e<T>));
-    else {
-        const float c = min_nan(a, 89.0f / n), p = c * (-n * log2_e<T>), e = ex2_approx(p);
-        const float d = ::fmaf(p, 1.90465421e-9f, ::fmaf(p, -ln_2<T>, -n * c));  // ln 2 in two parts
-        return ::fmaf(e, d, e);
-    }
+    else return exp_below<n>(min_nan(a, 89.0f / n));
 }
 
 // n / (1 + e) for 0 <= e <= 1. In float32 with a Newton step on e itself, since 1 + e has lost its last bits.
@@ -72,11 +66,17 @@ template <int bits, int n = 1, class T> DUALOP_FUN T rcp_1p(T e) {
     }
 }
 
-// With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e), and their product is the derivative.
-// Nothing cancels and nothing overflows.
+// With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e) = v, and their product, in float32
+// v - v^2, is the derivative. Nothing overflows, and v <= 1/2 cancels nothing.
 template <int bits, class T> DUALOP_FUN T sigmoid(T z) {
-    const T e = exp_neg<bits>(::fabs(z)), r = rcp_1p<bits>(e);
-    return z < T(0) ? e * r : r;
+    const T e = exp_neg<bits>(::fabs(z));
+    if constexpr (bits == 24) {
+        const float v = quotient(e, e);
+        return z < 0.0f ? v : 1.0f - v;
+    } else {
+        const T r = rcp_1p<bits>(e);
+        return z < T(0) ? e * r : r;
+    }
 }
 // Where its derivative is not wanted too, there is a shorter way for 16-bit results.
 template <int bits, class T> DUALOP_FUN T sigmoid_alone(T z) {
@@ -84,14 +84,17 @@ template <int bits, class T> DUALOP_FUN T sigmoid_alone(T z) {
     else return sigmoid<bits>(z);
 }
 template <int bits, class T> DUALOP_FUN T sigmoid_slope(T z) {
-    const T e = exp_neg<bits>(::fabs(z)), r = rcp_1p<bits>(e);
-    return e * r * r;
+    const T e = exp_neg<bits>(::fabs(z));
+    if constexpr (bits == 24) {
+        const float v = quotient(e, e);
+        return ::fmaf(-v, v, v);
+    } else {
+        const T r = rcp_1p<bits>(e);
+        return e * r * r;
+    }
 }
 
-// The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2: for |z| < 0.55, and for |z| < 1.2.
-DUALOP_FUN float tanh_series(float u) {
-    return 0.333333313f + u * (-0.133331209f + u * (0.0539106987f + u * (-0.0213160906f + u * 0.00662128581f)));
-}
+// The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2 for |z| < 1.2.
 template <int bits> DUALOP_FUN float tanhshrink_series(float u) {
     if constexpr (lean<bits>)
         return 0.333331853f + u * (-0.133259162f + u * (0.0533416271f + u * (-0.0198468771f + u * (0.0056736893f
@@ -114,33 +117,15 @@ template <int bits, class T> DUALOP_FUN T tanh(T z) {
         const float c = min_nan(max_nan(z, -4.7f), 4.7f), u = c * c;
         const float p = 0.999998715f + u * (0.117111504f + u * 0.00167329065f);
         return c * p * rcp_approx(1.0f + u * (0.45043405f + u * (0.0184998655f + u * 6.70261213e-05f)));
-    } else {
-        const float u = z * z, near = ::fmaf(z * u, -tanh_series(u), z), far = tanh_far<bits>(z);
-        return ::fabsf(z) < 0.55f ? near : far;
-    }
+    } else return tanh_long(z);
 }
 
-// 1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not. That has more
-// roundings, so float32 takes the former as long as it is the better one.
+// 1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not.
 template <int bits, class T> DUALOP_FUN T sech2(T z) {
-    const T e = exp_neg<bits, 2>(::fabs(z)), r = rcp_1p<bits, 2>(e), far = (e * r) * r;
-    if constexpr (bits != 24) return far;
+    if constexpr (bits == 24) return slope(tanh_slope(min_nan(::fabsf(z), 44.0f), -0.0f));
     else {
-        const float t = 1.0f - e * r, near = ::fmaf(-t, t, 1.0f);
-        return t < 0.5f ? near : far;
-    }
-}
-
-// A derivative that has a zero at hi + lo, where its formula `far` cancels: within 0.5 of it, t P(t) with a minimax P.
-// float32 only: 16-bit results do not show it, float64 has no such polynomial.
-template <int bits, class T>
-DUALOP_FUN T near_zero(T far, T z, float hi, float lo, float c0, float c1, float c2, float c3, float c4, float c5,
-                        float c6, float c7) {
-    if constexpr (bits != 24) return far;
-    else {
-        const float t = (z - hi) - lo;
-        const float near = t * (c0 + t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * (c5 + t * (c6 + t * c7)))))));
-        return ::fabsf(t) < 0.5f ? near : far;
+        const T e = exp_neg<bits, 2>(::fabs(z)), r = rcp_1p<bits, 2>(e);
+        return (e * r) * r;
     }
 }
 
@@ -151,7 +136,6 @@ template <int bits, class T> DUALOP_FUN T normpdf(T z) { return inverse_sqrt_2pi
 // Stegun's 7.1.26 for erfc(|z| / sqrt(2)), off by at most 1.5e-7.
 template <int bits, class T> DUALOP_FUN T normcdf(T z) {
     if constexpr (bits == 53) return 0.5 * ::erfc(-z * sqrt_half<T>);
-    else if constexpr (!lean<bits>) return 0.5f * ::erfcf(-z * sqrt_half<T>);
     else {
         const float t = rcp<bits>(1.0f + 0.3275911f * sqrt_half<T> * ::fabsf(z));
         const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
@@ -171,16 +155,9 @@ template <int bits, class T> DUALOP_FUN T normcdf_unit(T z) {
             + u * (0.000113512659f + u * -7.66467929e-06f)))));
 }
 
-// gelu's derivative, Phi(z) + z Phi'(z).
-template <int bits, class T> DUALOP_FUN T gelu_slope(T z) {
-    return near_zero<bits>(normcdf<bits>(z) + z * normpdf<bits>(z), z, -0.751791537f, 1.21144499e-08f, 0.431493998f,
-                           0.388284802f, -0.0182022788f, -0.114001982f, -0.0147178257f, 0.0193631444f, 0.00418536039f,
-                           -0.00204687216f);
-}
-
-// The same for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor.
+// gelu's derivative Phi(z) + z Phi'(z) for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor.
 template <int bits, class T> DUALOP_FUN T gelu_slope_unit(T z) {
-    if constexpr (bits == 53) return gelu_slope<bits>(z);
+    if constexpr (bits == 53) return normcdf<bits>(z) + z * normpdf<bits>(z);
     else if constexpr (lean<bits>) {
         const float u = z * z;
         const float p = -0.265952706f + u * (0.0597694553f + u * (-0.00929194223f + u * 0.000906444388f));
@@ -190,6 +167,16 @@ template <int bits, class T> DUALOP_FUN T gelu_slope_unit(T z) {
             + z * (8.22413931e-05f + z * (-8.44386304e-05f + z * -6.25826169e-06f)))));
         const float q = 0.17665346f + z * (-0.234976366f + z * (-0.0412148908f + z * (0.0548188388f + z * p)));
         return ((z + 0.751791537f) - 1.21144499e-08f) * (0.665077984f + z * q);
+    }
+}
+
+// The same for -0.5 <= z <= 1, where it is not small and half plus an odd polynomial (off by 2^-27) will do.
+template <int bits, class T> DUALOP_FUN T gelu_slope_upper(T z) {
+    if constexpr (bits != 24) return gelu_slope_unit<bits>(z);
+    else {
+        const float u = z * z;
+        const float p = -0.265960544f + u * (0.0598340444f + u * (-0.00947522186f + u * (0.0011175595f + u * -8.48879208e-05f)));
+        return ::fmaf(z, ::fmaf(u, p, 0.797884524f), 0.5f);
     }
 }
 

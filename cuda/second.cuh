@@ -98,6 +98,7 @@ struct gelu {
 };
 
 struct gelu_unit : gelu {};
+struct gelu_upper : gelu {};
 
 // The second derivative of z sigmoid(u(z)); see stage::gelu_tanh.
 struct gelu_tanh {

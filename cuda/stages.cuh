@@ -144,7 +144,7 @@ template <number_bits alpha> struct elu {
         return z <= T(0) ? value<T>(alpha) * math::expm1<bits>(z) : z;
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        return z <= T(0) ? gy * value<T>(alpha) * math::exp<bits>(z) : gy;
+        return z <= T(0) ? gy * value<T>(alpha) * math::exp_neg<bits>(-z) : gy;
     }
 };
 
@@ -180,17 +180,16 @@ struct sigmoid {
 
 // y' = s + z s'
 struct silu {
-    template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::sigmoid_alone<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        if constexpr (bits == 24) return math::silu(z);
+        else return z * math::sigmoid_alone<bits>(z);
+    }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        if constexpr (math::lean<bits>) {
+        if constexpr (bits == 24) return gy * math::slope(math::silu_slope(z));
+        else if constexpr (math::lean<bits>) {
             const T s = math::sigmoid_alone<bits>(z);
             return gy * (s + (z * s) * (T(1) - s));
-        } else {
-            const T far = math::sigmoid<bits>(z) + z * math::sigmoid_slope<bits>(z);
-            return gy * math::near_zero<bits>(far, z, -1.27846456f, 1.29792825e-08f,
-                                              0.217811704f, 0.146648794f, 0.018874649f, -0.0152227692f, -0.00660330243f,
-                                              0.000128885949f, 0.000777613663f, 0.00017120078f);
-        }
+        } else return gy * (math::sigmoid<bits>(z) + z * math::sigmoid_slope<bits>(z));
     }
 };
 
@@ -201,7 +200,9 @@ struct tanh {
         if constexpr (math::lean<bits>) return math::tanh_far<bits>(z);
         else return math::tanh<bits>(z);
     }
-    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy * math::sech2<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
+        return gy * math::sech2<bits>(z);
+    }
 };
 
 // tanh where nothing behind it can enlarge its error; chosen by dualop/ranges.py.
@@ -210,7 +211,35 @@ struct tanh_approx : tanh {
         if constexpr (bits == 8) return dualop::tanh_approx(z);
         else return tanh::forward<bits>(z);
     }
-    template <int bits, class T> DUALOP_FUN static T inner(T z) { return math::tanh_far<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T inner(T z) { return tanh::inner<bits>(z); }
+};
+
+// tanh(silu(z)) in one, since tanh's slope multiplies what silu was rounded by with 2 y; chosen by dualop/ranges.py.
+struct silu_tanh {
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        if constexpr (bits == 24) return math::tanh_short(math::silu(z));
+        else return tanh::forward<bits>(silu::forward<bits>(z));
+    }
+    template <int bits, class T> DUALOP_FUN static T inner(T z) {
+        if constexpr (bits == 24) {
+            const math::Factored s = math::silu_slope(z);
+            return math::tanh_slope(s.value, s.rest).value;
+        } else return tanh::inner<bits>(silu::forward<bits>(z));
+    }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
+        if constexpr (bits == 24) {
+            const math::Factored s = math::silu_slope(z);
+            const math::Factored t = math::tanh_slope(s.value, s.rest);
+            const float factor = z < 0.0f ? s.factor : t.factor, more = ::fmaf(s.more, t.more, s.more + t.more);
+            return gy * ::fmaf(factor, more, factor);  // the product of both: the factor not taken is 1
+        } else return silu::backward<bits>(z, tanh::backward<bits>(silu::forward<bits>(z), gy));
+    }
+};
+struct silu_tanh_approx : silu_tanh {
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        if constexpr (bits == 8) return tanh_approx::forward<bits>(silu::forward<bits>(z));
+        else return silu_tanh::forward<bits>(z);
+    }
 };
 
 // z - tanh(z), by a polynomial where that cancels. float64 cancels, as torch does.
@@ -250,15 +279,19 @@ struct logsigmoid {
 // tanh(softplus(z)) = n / (n + 2) with n = e (e + 2), e = exp(z); beyond z = 20 it is 1 in every dtype.
 struct mish {
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
-        const T e = math::exp<bits>(min_nan(z, T(20))), n = e * (e + T(2));
-        return z * (n * math::rcp<bits>(n + T(2)));
+        if constexpr (bits == 24) return math::mish(z);
+        else {
+            const T e = math::exp<bits>(min_nan(z, T(20))), n = e * (e + T(2));
+            return z * (n * math::rcp<bits>(n + T(2)));
+        }
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        const T near = min_nan(z, T(20)), e = math::exp<bits>(near), n = e * (e + T(2)), r = math::rcp<bits>(n + T(2));
-        const T far = n * r + near * (T(4) * e * (T(1) + e) * (r * r));
-        return gy * math::near_zero<bits>(far, z, -1.19243121f, -3.04393755e-09f, 0.266947895f, 0.204731315f,
-                                          0.0419086553f, -0.0202734955f, -0.0158384703f, -0.00334493374f,
-                                          0.0012084319f, 0.000938698009f);
+        if constexpr (bits == 24) return gy * math::mish_slope(z);
+        else {
+            const T near = min_nan(z, T(20)), e = math::exp<bits>(near), n = e * (e + T(2));
+            const T r = math::rcp<bits>(n + T(2));
+            return gy * (n * r + near * (T(4) * e * (T(1) + e) * (r * r)));
+        }
     }
 };
 
@@ -272,9 +305,13 @@ struct softsign {
 
 // z Phi(z), Phi the normal distribution (Hendrycks and Gimpel 2016)
 struct gelu {
-    template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::normcdf<bits>(z); }
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        if constexpr (bits == 24) return math::gelu(z);
+        else return z * math::normcdf<bits>(z);
+    }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        return gy * math::gelu_slope<bits>(z);
+        if constexpr (bits == 24) return gy * math::gelu_slope(z);
+        else return gy * (math::normcdf<bits>(z) + z * math::normpdf<bits>(z));
     }
 };
 
@@ -286,21 +323,29 @@ struct gelu_unit {
     }
 };
 
+// gelu for -0.5 <= z <= 1, for instance behind silu and tanh; chosen by dualop/ranges.py.
+struct gelu_upper : gelu_unit {
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
+        return gy * math::gelu_slope_upper<bits>(z);
+    }
+};
+
 // z (1 + tanh(u)) / 2 = z sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3)
 struct gelu_tanh {
     static constexpr double slope = 1.5957691216057308, cubic = 0.044715;  // slope: 2 sqrt(2 / pi)
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
-        return z * math::sigmoid_alone<bits>(T(slope) * z * (T(1) + T(cubic) * z * z));
+        if constexpr (bits == 24) return math::gelu_tanh(z);
+        else return z * math::sigmoid_alone<bits>(T(slope) * z * (T(1) + T(cubic) * z * z));
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        // The second term has long vanished at |z| = 20, before its cube overflows.
-        const T near = min_nan(max_nan(z, T(-20)), T(20)), z2 = near * near;
-        const T u = T(slope) * near * (T(1) + T(cubic) * z2);
-        const T far = math::sigmoid<bits>(u)
-            + near * math::sigmoid_slope<bits>(u) * (T(slope) * (T(1) + T(3 * cubic) * z2));
-        return gy * math::near_zero<bits>(far, z, -0.752461433f, 1.13396279e-08f, 0.430400103f, 0.387518227f,
-                                          -0.0157860555f, -0.113936543f, -0.0165531046f, 0.0196070392f,
-                                          0.00482330984f, -0.00216889614f);
+        if constexpr (bits == 24) return gy * math::gelu_tanh_slope(z);
+        else {
+            // The second term has long vanished at |z| = 20, before its cube overflows.
+            const T near = min_nan(max_nan(z, T(-20)), T(20)), z2 = near * near;
+            const T u = T(slope) * near * (T(1) + T(cubic) * z2);
+            return gy * (math::sigmoid<bits>(u)
+                + near * math::sigmoid_slope<bits>(u) * (T(slope) * (T(1) + T(3 * cubic) * z2)));
+        }
     }
 };
 

@@ -111,7 +111,7 @@ def tail_backward(gy, inputs, needs):
     return gradients
 '''
 
-_MODULES = ("platform", "math", "stages", "tile", "chain")
+_MODULES = ("platform", "single", "math", "stages", "tile", "chain")
 
 
 @dataclass

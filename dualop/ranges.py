@@ -2,7 +2,8 @@
 
 Two uses, both decided here and for both kernel languages: a clamp that cannot clamp is left out, and a gelu behind a
 stage that ends in [-1, 1] takes a polynomial. NaN lies in every interval: it passes a clamp as it passes no clamp.
-Besides, a tanh may be the GPU's approximation where no stage behind it can enlarge a relative error.
+Besides, a tanh may be the GPU's approximation where no stage behind it can enlarge a relative error, and silu with tanh
+behind it is one function, since tanh's slope enlarges silu's rounding.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from dualop.chains import Chain
+from dualop.slopes import Slope
 from dualop.stages import Call
 
 Interval = tuple[float, float]
 # Functions of the kernels that no text names.
-SPECIALISED = ("gelu_unit", "tanh_approx")
+SPECIALISED = ("gelu_unit", "gelu_upper", "tanh_approx", "silu_tanh", "silu_tanh_approx")
 # Their relative error is at most about 1.5 times that of an input in [-1, 1]; no difference, no jump.
 _STEADY = (
     "silu",
@@ -53,13 +55,15 @@ class Step(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def steps(chain: Chain) -> tuple[Step, ...]:
-    """The chain as the kernels run it."""
-    interval, found = EVERYTHING, []
+    """The chain as the kernels run it. A slope has to have every stage by itself, with its second derivative."""
+    interval, found, sloped = EVERYTHING, [], isinstance(chain, Slope)
     for i, call in enumerate(chain.calls):
         if not _without_effect(call, interval):
             step = _step(call, chain, interval)
             if step.function == "tanh" and all(later.stage.name in _STEADY for later in chain.calls[i + 1 :]):
                 step = Step("tanh_approx")
+            if step.function in ("tanh", "tanh_approx") and found and found[-1] == Step("silu") and not sloped:
+                step = Step(f"{found.pop().function}_{step.function}")
             found.append(step)
         interval = output(call, interval)
     return tuple(found)
@@ -79,7 +83,7 @@ def _step(call: Call, chain: Chain, interval: Interval) -> Step:
         return Step(call.stage.name, (), operand)
     function, numbers = call.stage.kernel(*call.arguments)
     if function == "gelu" and interval[0] >= -1 and interval[1] <= 1:
-        function = "gelu_unit"
+        function = "gelu_upper" if interval[0] >= -0.5 else "gelu_unit"
     return Step(function, numbers)
 
 

@@ -110,7 +110,7 @@ SECOND: dict[str, Callable[..., Tensor]] = {
 
 def is_curved(function: str) -> bool:
     """Whether the kernels' function of this name has a second derivative; the specialised ones have their stage's."""
-    return function in SECOND or function in ("gelu_unit", "tanh_approx")
+    return function in SECOND or function in ("gelu_unit", "gelu_upper", "tanh_approx")
 
 
 def slope_gradients(chain: Slope, v: Tensor, x: Tensor, gy: Tensor, needs: Sequence[bool]) -> list[Tensor]:

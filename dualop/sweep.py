@@ -46,6 +46,10 @@ class Sweep:
         """How many tensors `inputs` gives."""
         return -(-self.count(dtype) // self.at_once)
 
+    def shape(self, dtype: str) -> tuple[int, int]:
+        """Of a tensor that `inputs` gives."""
+        return min(self.count(dtype), self.at_once) // COLUMNS, COLUMNS
+
     def inputs(self, dtype: str) -> Iterator[Tensor]:
         """Tensors of rows of COLUMNS, on the device: from -0 down to the negative NaNs, then from 0 up.
 

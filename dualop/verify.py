@@ -15,6 +15,7 @@ Operands are numbers here: REPRESENTATIVE's unless told else. The default chain'
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualop import pool
 from dualop.backends.reference import evaluate
 from dualop.cases import DTYPES
 from dualop.chains import Chain
@@ -38,6 +40,7 @@ ORDINARY = 100.0
 # Float32 arithmetic rounded once to 16 bits ends a few thousandths of an ulp beyond one half, eager's and ours: no
 # difference to judge by.
 EAGER_SLACK = 0.01
+MOST_PROCESSES = 12  # that compile Triton kernels: each has a CUDA context and a piece of the inputs
 NEAR = 2.0**-21  # four float32 ulps: what the arithmetic before a jump may be off by
 UNJUDGED = ("reference",)  # torch's own formulas in float32: shown, and no worse than eager by construction
 
@@ -55,7 +58,11 @@ class Excuse:
 
 
 # By chain, dtype and quantity. The table shows what stands here, with its reason.
-EXCUSES: dict[tuple[str, str, str], Excuse] = {}
+_ROUNDINGS = "five functions round one after the other, and no more instructions fit in the shadow of memory"
+EXCUSES: dict[tuple[str, str, str], Excuse] = {
+    ("add | silu | tanh | gelu | hardtanh", "float32", "forward"): Excuse(5.0, _ROUNDINGS),
+    ("add | silu | tanh | gelu | hardtanh", "float32", "gradient"): Excuse(5.5, _ROUNDINGS),
+}
 
 
 @dataclass
@@ -137,6 +144,20 @@ def verify(
 
     scales = _scales(chain, sweep, numbers, step)
     return [row for dtype in dtypes for row in _rows(chain, dtype, backends, sweep, numbers, scales, step)]
+
+
+def prepare(chains: Sequence[Chain], dtypes: Sequence[str], device: torch.device, progress: Progress) -> None:
+    """Have Triton compile what `verify` will launch on a GPU, in parallel: it keeps that on disk."""
+    if device.type == "cuda":
+        sweeps = [(chain, Sweep(device, 1, len(chain.calls))) for chain in chains]
+        tasks = [(chain, dtype, sweep.shape(dtype), device) for chain, sweep in sweeps for dtype in dtypes]
+        pool.each(_once, tasks, MOST_PROCESSES, progress)
+
+
+def _once(chain: Chain, dtype: str, shape: tuple[int, int], device: torch.device) -> None:
+    with contextlib.suppress(Exception):  # `verify` will meet it again
+        x = torch.zeros(shape, dtype=DTYPES[dtype], device=device)
+        _differentiated(partial(chain, backend="triton"), x, _operands(_numbers(chain, {}), dtype, device))
 
 
 def _numbers(chain: Chain, given: Mapping[str, float]) -> dict[str, float]:
@@ -225,20 +246,34 @@ Exact = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def _add(row: Row, x: Tensor, actual: Tensor, right: Tensor, unsettled: Tensor, truth: Exact) -> None:
     """What one piece of the inputs adds to a row; `unsettled` inputs are not judged."""
-    error = ulps(actual, right, actual.dtype, row.scale).masked_fill_(unsettled, 0.0)
+    row.unjudged += int((unsettled & x.isfinite()).sum())
+    row.max_ulp = max(row.max_ulp, 0.0)
+    chosen = _larger(row, actual, right).masked_fill_(unsettled, False)
+    x, actual, right = x[chosen], actual[chosen], right[chosen]
+    if not x.numel():
+        return
+    error = ulps(actual, right, actual.dtype, row.scale)
     beyond = error > row.limit
     if bool(beyond.any()):
         excused = _at_jump(truth, x[beyond].double(), actual[beyond], row)
         error[beyond] = error[beyond].masked_fill_(excused, 0.0)
         row.at_jumps += int(excused.sum())
         row.beyond += excused.numel() - int(excused.sum())
-    row.unjudged += int((unsettled & x.isfinite()).sum())
     row.ordinary_ulp = max(row.ordinary_ulp, error.masked_fill(~(x.abs() <= ORDINARY), 0.0).max().item())
-    largest, place = error.view(-1).max(0)
+    largest, place = error.max(0)
     if largest.item() > row.max_ulp:
-        value = x.view(-1)[place]
+        value = x[place]
         row.max_ulp, row.worst, row.bits = largest.item(), value.item(), bits_text(value)
-        row.exact, row.actual = right.view(-1)[place].item(), actual.view(-1)[place].item()
+        row.exact, row.actual = right[place].item(), actual[place].item()
+
+
+def _larger(row: Row, actual: Tensor, right: Tensor) -> Tensor:
+    """Where the error may be larger than what the row has seen or allows: only there it is counted in ulps, which takes
+    many passes over memory. An ulp is at least eps / 2 of a number."""
+    info = torch.finfo(actual.dtype)
+    seen = min(row.max_ulp, row.ordinary_ulp, row.limit)
+    size = right.abs().clamp_(min=max(min(row.scale, info.max) / 1024, info.tiny))
+    return (actual.double().sub_(right).abs_().div_(size) <= seen * info.eps / 2).logical_not_()
 
 
 def _at_jump(truth: Exact, x: Tensor, actual: Tensor, row: Row) -> Tensor:

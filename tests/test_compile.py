@@ -77,7 +77,7 @@ EXAMPLES = [stage.example for stage in STAGES.values() if not stage.operand]
 GROUPS = {
     "operands": "add(a) | mul(b) | sub(a) | div(b) | rsub(a) | minimum(b) | maximum(a)",
     **{f"stages {i + 1}": " | sub(0.1) | ".join(EXAMPLES[i : i + 8]) for i in range(0, len(EXAMPLES), 8)},
-    "gelus": 'gelu(approximate="tanh") | tanh | sub(1) | hardtanh | gelu | mul(x) | add(2)',
+    "gelus": 'gelu(approximate="tanh") | silu | tanh | sub(1) | hardtanh | gelu | mul(x) | add(2) | tanh | gelu',
 }
 # The same of those that have a second derivative, in double backward.
 CURVED = [text for text in EXAMPLES if any(is_curved(step.function) for step in steps(dualop.chain(text)))]

@@ -74,8 +74,7 @@ import triton.language as tl
 
 from {package} import stages
 from {package}.gemm import corner, fetch, halves, put
-from {package}.math import number
-from {package}.platform import count
+from {package}.platform import count, number
 from {package}.tile import inside, place, read
 '''
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 Step = tuple[str, Sequence[float], int | float | None]
 
 # Stages whose value on the way in a backward has a function of its own.
-_INNER = {name: "_inner" for name in ("sigmoid", "tanh", "tanh_approx")}
+_INNER = {name: "_inner" for name in ("sigmoid", "tanh", "tanh_approx", "silu_tanh", "silu_tanh_approx")}
 
 _HEAD = '''"""{title}: written by dualop, do not edit."""
 
@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 
 from {package} import stages
-from {package}.math import number
-from {package}.platform import count, let_next_kernel_begin
+from {package}.platform import count, let_next_kernel_begin, number
 from {package}.tile import add, inside, place, programs, read, write, write_sum, zeros
 '''
 

@@ -9,23 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import platform
-
-
-@triton.jit
-def number(z, value: tl.constexpr):
-    """`value` in z's dtype. Triton makes a float32 of a bare number, which a float64 z must not get."""
-    return tl.full([1, 1], value, z.dtype)
-
-
-@triton.jit
-def min_nan(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def max_nan(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+from . import platform, single
+from .platform import max_nan, min_nan, number
 
 
 @triton.jit
@@ -87,11 +72,7 @@ def exp_neg(a, BITS: tl.constexpr, N: tl.constexpr = 1):
     elif BITS <= 11:
         return platform.ex2_approx(a * (-N * log2_e))
     else:
-        c = min_nan(a, number(a, 89.0 / N))
-        p = c * (-N * log2_e)
-        e = platform.ex2_approx(p)
-        d = platform.fma(p, number(a, 1.90465421e-9), platform.fma(p, number(a, -0.693147182), -N * c))
-        return platform.fma(e, d, e)
+        return single.exp_below(min_nan(a, number(a, 89.0 / N)), number(a, -0.0), N)
 
 
 @triton.jit
@@ -106,15 +87,19 @@ def rcp_1p(e, BITS: tl.constexpr, N: tl.constexpr = 1):
         return rcp(1.0 / N + (1.0 / N) * e, BITS)
 
 
-# With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e), and their product is the derivative.
-# Nothing cancels and nothing overflows.
+# With e = exp(-|z|): sigmoid(|z|) = 1 / (1 + e), sigmoid(-|z|) = e / (1 + e) = v, and their product, in float32
+# v - v^2, is the derivative. Nothing overflows, and v <= 1/2 cancels nothing.
 
 
 @triton.jit
 def sigmoid(z, BITS: tl.constexpr):
     e = exp_neg(tl.abs(z), BITS)
-    r = rcp_1p(e, BITS)
-    return tl.where(z < 0, e * r, r)
+    if BITS == 24:
+        v = single.quotient(e, e)
+        return tl.where(z < 0, v, 1.0 - v)
+    else:
+        r = rcp_1p(e, BITS)
+        return tl.where(z < 0, e * r, r)
 
 
 @triton.jit
@@ -130,17 +115,15 @@ def sigmoid_alone(z, BITS: tl.constexpr):
 @triton.jit
 def sigmoid_slope(z, BITS: tl.constexpr):
     e = exp_neg(tl.abs(z), BITS)
-    r = rcp_1p(e, BITS)
-    return e * r * r
+    if BITS == 24:
+        v = single.quotient(e, e)
+        return platform.fma(-v, v, v)
+    else:
+        r = rcp_1p(e, BITS)
+        return e * r * r
 
 
-# The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2: for |z| < 0.55, and for |z| < 1.2.
-
-
-@triton.jit
-def tanh_series(u):
-    p = 0.0539106987 + u * (-0.0213160906 + u * 0.00662128581)
-    return 0.333333313 + u * (-0.133331209 + u * p)
+# The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2 for |z| < 1.2.
 
 
 @triton.jit
@@ -173,47 +156,19 @@ def tanh(z, BITS: tl.constexpr):
         p = 0.999998715 + u * (0.117111504 + u * 0.00167329065)
         return c * p * platform.rcp_approx(1.0 + u * (0.45043405 + u * (0.0184998655 + u * 6.70261213e-05)))
     else:
-        u = z * z
-        near = platform.fma(z * u, -tanh_series(u), z)
-        return tl.where(tl.abs(z) < 0.55, near, tanh_far(z, BITS))
+        return single.tanh_long(z)
 
 
 @triton.jit
 def sech2(z, BITS: tl.constexpr):
     """1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not."""
-    e = exp_neg(tl.abs(z), BITS, 2)
-    r = rcp_1p(e, BITS, 2)
-    far = (e * r) * r
-    if BITS != 24:
-        return far
+    if BITS == 24:
+        factor, more, _, _ = single.tanh_slope(min_nan(tl.abs(z), number(z, 44.0)), number(z, -0.0))
+        return single.slope(factor, more)
     else:
-        t = 1.0 - e * r
-        return tl.where(t < 0.5, platform.fma(-t, t, number(z, 1.0)), far)
-
-
-@triton.jit
-def near_zero(
-    far,
-    z,
-    hi: tl.constexpr,
-    lo: tl.constexpr,
-    c0: tl.constexpr,
-    c1: tl.constexpr,
-    c2: tl.constexpr,
-    c3: tl.constexpr,
-    c4: tl.constexpr,
-    c5: tl.constexpr,
-    c6: tl.constexpr,
-    c7: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """A derivative that has a zero at hi + lo, where its formula `far` cancels: close to it a polynomial."""
-    if BITS != 24:
-        return far
-    else:
-        t = (z - hi) - lo
-        near = t * (c0 + t * (c1 + t * (c2 + t * (c3 + t * (c4 + t * (c5 + t * (c6 + t * c7)))))))
-        return tl.where(tl.abs(t) < 0.5, near, far)
+        e = exp_neg(tl.abs(z), BITS, 2)
+        r = rcp_1p(e, BITS, 2)
+        return (e * r) * r
 
 
 @triton.jit
@@ -250,30 +205,10 @@ def normcdf_unit(z, BITS: tl.constexpr):
 
 
 @triton.jit
-def gelu_slope(z, BITS: tl.constexpr):
-    """gelu's derivative, Phi(z) + z Phi'(z)."""
-    return near_zero(
-        normcdf(z, BITS) + z * normpdf(z, BITS),
-        z,
-        -0.751791537,
-        1.21144499e-08,
-        0.431493998,
-        0.388284802,
-        -0.0182022788,
-        -0.114001982,
-        -0.0147178257,
-        0.0193631444,
-        0.00418536039,
-        -0.00204687216,
-        BITS,
-    )
-
-
-@triton.jit
 def gelu_slope_unit(z, BITS: tl.constexpr):
-    """The same for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor."""
+    """gelu's derivative for |z| <= 1, again by polynomials. In float32 by one that has the zero as a factor."""
     if BITS == 53:
-        return gelu_slope(z, BITS)
+        return normcdf(z, BITS) + z * normpdf(z, BITS)
     elif BITS <= 11:
         u = z * z
         p = -0.265952706 + u * (0.0597694553 + u * (-0.00929194223 + u * 0.000906444388))
@@ -283,3 +218,15 @@ def gelu_slope_unit(z, BITS: tl.constexpr):
         p = 0.00667734817 + z * (-0.00886739511 + z * (-0.000823385722 + z * p))
         p = 0.17665346 + z * (-0.234976366 + z * (-0.0412148908 + z * (0.0548188388 + z * p)))
         return ((z + 0.751791537) - 1.21144499e-08) * (0.665077984 + z * p)
+
+
+@triton.jit
+def gelu_slope_upper(z, BITS: tl.constexpr):
+    """The same for -0.5 <= z <= 1."""
+    if BITS != 24:
+        return gelu_slope_unit(z, BITS)
+    else:
+        u = z * z
+        p = -0.00947522186 + u * (0.0011175595 + u * -8.48879208e-05)
+        p = -0.265960544 + u * (0.0598340444 + u * p)
+        return platform.fma(z, platform.fma(u, p, number(z, 0.797884524)), number(z, 0.5))

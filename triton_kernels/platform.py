@@ -41,6 +41,10 @@ if INTERPRETED:
         values = a.handle.data.astype(np.float64) * b.handle.data + c.handle.data
         return tl.core.tensor(TensorHandle(values.astype(np.float32), tl.float32), (a + b + c).type)
 
+    def copysign(a, b):
+        values = np.copysign(a.handle.data, b.handle.data)
+        return tl.core.tensor(TensorHandle(values, a.handle.dtype), a.type)
+
     def let_next_kernel_begin(EARLY):
         pass
 
@@ -69,6 +73,7 @@ else:
     log1p = libdevice.log1p
     tanh = libdevice.tanh
     erfc = libdevice.erfc
+    copysign = libdevice.copysign
 
     @triton.jit
     def ex2_approx(z):
@@ -104,3 +109,19 @@ else:
     @triton.jit
     def round_to(z, dtype: tl.constexpr):
         return z.to(dtype)
+
+
+@triton.jit
+def number(z, value: tl.constexpr):
+    """`value` in z's dtype. Triton makes a float32 of a bare number, which a float64 z must not get."""
+    return tl.full([1, 1], value, z.dtype)
+
+
+@triton.jit
+def min_nan(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

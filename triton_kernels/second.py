@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from . import math
-from .math import divide, max_nan, min_nan, number
+from .math import divide
+from .platform import max_nan, min_nan, number
 
 
 @triton.jit
@@ -109,6 +110,11 @@ def gelu(z, BITS: tl.constexpr):
 
 @triton.jit
 def gelu_unit(z, BITS: tl.constexpr):
+    return gelu(z, BITS)
+
+
+@triton.jit
+def gelu_upper(z, BITS: tl.constexpr):
     return gelu(z, BITS)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import math
-from .math import divide, max_nan, min_nan, number
+from . import math, single
+from .math import divide
+from .platform import max_nan, min_nan, number
 
 # ---- operand stages --------------------------------------------------------------------------------------------------
 
@@ -208,7 +209,7 @@ def elu(z, alpha: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def elu_backward(z, gy, alpha: tl.constexpr, BITS: tl.constexpr):
-    return tl.where(z <= 0, gy * number(z, alpha) * math.exp(z, BITS), gy)
+    return tl.where(z <= 0, gy * number(z, alpha) * math.exp_neg(-z, BITS), gy)
 
 
 # Klambauer et al. 2017: the constants for which mean 0 and variance 1 are a fixed point.
@@ -252,30 +253,22 @@ def sigmoid_backward(z, gy, BITS: tl.constexpr):
 # y' = s + z s'
 @triton.jit
 def silu(z, BITS: tl.constexpr):
-    return z * math.sigmoid_alone(z, BITS)
+    if BITS == 24:
+        return single.silu(z)
+    else:
+        return z * math.sigmoid_alone(z, BITS)
 
 
 @triton.jit
 def silu_backward(z, gy, BITS: tl.constexpr):
-    if BITS <= 11:
+    if BITS == 24:
+        factor, more, _, _ = single.silu_slope(z)
+        return gy * single.slope(factor, more)
+    elif BITS <= 11:
         s = math.sigmoid_alone(z, BITS)
         return gy * (s + (z * s) * (1.0 - s))
     else:
-        return gy * math.near_zero(
-            math.sigmoid(z, BITS) + z * math.sigmoid_slope(z, BITS),
-            z,
-            -1.27846456,
-            1.29792825e-08,
-            0.217811704,
-            0.146648794,
-            0.018874649,
-            -0.0152227692,
-            -0.00660330243,
-            0.000128885949,
-            0.000777613663,
-            0.00017120078,
-            BITS,
-        )
+        return gy * (math.sigmoid(z, BITS) + z * math.sigmoid_slope(z, BITS))
 
 
 @triton.jit
@@ -308,12 +301,60 @@ def tanh_approx(z, BITS: tl.constexpr):
 
 @triton.jit
 def tanh_approx_inner(z, BITS: tl.constexpr):
-    return math.tanh_far(z, BITS)
+    return tanh_inner(z, BITS)
 
 
 @triton.jit
 def tanh_approx_backward(z, gy, BITS: tl.constexpr):
-    return gy * math.sech2(z, BITS)
+    return tanh_backward(z, gy, BITS)
+
+
+# tanh(silu(z)) in one, since tanh's slope multiplies what silu was rounded by with 2 y; chosen by dualop/ranges.py.
+@triton.jit
+def silu_tanh(z, BITS: tl.constexpr):
+    if BITS == 24:
+        return single.tanh_short(single.silu(z))
+    else:
+        return tanh(silu(z, BITS), BITS)
+
+
+@triton.jit
+def silu_tanh_inner(z, BITS: tl.constexpr):
+    if BITS == 24:
+        _, _, y, rest = single.silu_slope(z)
+        _, _, value, _ = single.tanh_slope(y, rest)
+        return value
+    else:
+        return tanh_inner(silu(z, BITS), BITS)
+
+
+@triton.jit
+def silu_tanh_backward(z, gy, BITS: tl.constexpr):
+    if BITS == 24:
+        f1, m1, y, rest = single.silu_slope(z)
+        f2, m2, _, _ = single.tanh_slope(y, rest)
+        # The product of both: the factor not taken is 1.
+        return gy * single.slope(tl.where(z < 0, f1, f2), single.platform.fma(m1, m2, m1 + m2))
+    else:
+        return silu_backward(z, tanh_backward(silu(z, BITS), gy, BITS), BITS)
+
+
+@triton.jit
+def silu_tanh_approx(z, BITS: tl.constexpr):
+    if BITS == 8:
+        return tanh_approx(silu(z, BITS), BITS)
+    else:
+        return silu_tanh(z, BITS)
+
+
+@triton.jit
+def silu_tanh_approx_inner(z, BITS: tl.constexpr):
+    return silu_tanh_inner(z, BITS)
+
+
+@triton.jit
+def silu_tanh_approx_backward(z, gy, BITS: tl.constexpr):
+    return silu_tanh_backward(z, gy, BITS)
 
 
 # z - tanh(z), by a polynomial where that cancels. float64 cancels, as torch does.
@@ -360,33 +401,24 @@ def logsigmoid_backward(z, gy, BITS: tl.constexpr):
 # tanh(softplus(z)) = n / (n + 2) with n = e (e + 2), e = exp(z); beyond z = 20 it is 1 in every dtype.
 @triton.jit
 def mish(z, BITS: tl.constexpr):
-    e = math.exp(min_nan(z, number(z, 20.0)), BITS)
-    n = e * (e + 2.0)
-    return z * (n * math.rcp(n + 2.0, BITS))
+    if BITS == 24:
+        return single.mish(z)
+    else:
+        e = math.exp(min_nan(z, number(z, 20.0)), BITS)
+        n = e * (e + 2.0)
+        return z * (n * math.rcp(n + 2.0, BITS))
 
 
 @triton.jit
 def mish_backward(z, gy, BITS: tl.constexpr):
-    near = min_nan(z, number(z, 20.0))
-    e = math.exp(near, BITS)
-    n = e * (e + 2.0)
-    r = math.rcp(n + 2.0, BITS)
-    far = n * r + near * (4.0 * e * (1.0 + e) * (r * r))
-    return gy * math.near_zero(
-        far,
-        z,
-        -1.19243121,
-        -3.04393755e-09,
-        0.266947895,
-        0.204731315,
-        0.0419086553,
-        -0.0202734955,
-        -0.0158384703,
-        -0.00334493374,
-        0.0012084319,
-        0.000938698009,
-        BITS,
-    )
+    if BITS == 24:
+        return gy * single.mish_slope(z)
+    else:
+        near = min_nan(z, number(z, 20.0))
+        e = math.exp(near, BITS)
+        n = e * (e + 2.0)
+        r = math.rcp(n + 2.0, BITS)
+        return gy * (n * r + near * (4.0 * e * (1.0 + e) * (r * r)))
 
 
 @triton.jit
@@ -403,12 +435,18 @@ def softsign_backward(z, gy, BITS: tl.constexpr):
 # z Phi(z), Phi the normal distribution (Hendrycks and Gimpel 2016)
 @triton.jit
 def gelu(z, BITS: tl.constexpr):
-    return z * math.normcdf(z, BITS)
+    if BITS == 24:
+        return single.gelu(z)
+    else:
+        return z * math.normcdf(z, BITS)
 
 
 @triton.jit
 def gelu_backward(z, gy, BITS: tl.constexpr):
-    return gy * math.gelu_slope(z, BITS)
+    if BITS == 24:
+        return gy * single.gelu_slope(z)
+    else:
+        return gy * (math.normcdf(z, BITS) + z * math.normpdf(z, BITS))
 
 
 # gelu for |z| <= 1, for instance behind tanh; chosen by dualop/ranges.py.
@@ -422,36 +460,39 @@ def gelu_unit_backward(z, gy, BITS: tl.constexpr):
     return gy * math.gelu_slope_unit(z, BITS)
 
 
+# gelu for -0.5 <= z <= 1, for instance behind silu and tanh; chosen by dualop/ranges.py.
+@triton.jit
+def gelu_upper(z, BITS: tl.constexpr):
+    return gelu_unit(z, BITS)
+
+
+@triton.jit
+def gelu_upper_backward(z, gy, BITS: tl.constexpr):
+    return gy * math.gelu_slope_upper(z, BITS)
+
+
 # z (1 + tanh(u)) / 2 = z sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z^3)
 @triton.jit
 def gelu_tanh(z, BITS: tl.constexpr):
     slope: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
-    return z * math.sigmoid_alone(slope * z * (1.0 + 0.044715 * z * z), BITS)
+    if BITS == 24:
+        return single.gelu_tanh(z)
+    else:
+        return z * math.sigmoid_alone(slope * z * (1.0 + 0.044715 * z * z), BITS)
 
 
 @triton.jit
 def gelu_tanh_backward(z, gy, BITS: tl.constexpr):
     slope: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
-    # The second term has long vanished at |z| = 20, before its cube overflows.
-    near = min_nan(max_nan(z, number(z, -20.0)), number(z, 20.0))
-    z2 = near * near
-    u = slope * near * (1.0 + 0.044715 * z2)
-    far = math.sigmoid(u, BITS) + near * math.sigmoid_slope(u, BITS) * (slope * (1.0 + 3.0 * 0.044715 * z2))
-    return gy * math.near_zero(
-        far,
-        z,
-        -0.752461433,
-        1.13396279e-08,
-        0.430400103,
-        0.387518227,
-        -0.0157860555,
-        -0.113936543,
-        -0.0165531046,
-        0.0196070392,
-        0.00482330984,
-        -0.00216889614,
-        BITS,
-    )
+    if BITS == 24:
+        return gy * single.gelu_tanh_slope(z)
+    else:
+        # The second term has long vanished at |z| = 20, before its cube overflows.
+        near = min_nan(max_nan(z, number(z, -20.0)), number(z, 20.0))
+        z2 = near * near
+        u = slope * near * (1.0 + 0.044715 * z2)
+        bump = math.sigmoid_slope(u, BITS) * (slope * (1.0 + 3.0 * 0.044715 * z2))
+        return gy * (math.sigmoid(u, BITS) + near * bump)
 
 
 # ---- plain functions -------------------------------------------------------------------------------------------------

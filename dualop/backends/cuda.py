@@ -7,18 +7,16 @@ take one block of 8-byte words, laid out as `Launch` in cuda/library.cuh.
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualop import build, tuned
+from dualop import build, pool, tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
@@ -127,29 +125,21 @@ def _signature(view: Layout, dtypes: Iterable[torch.dtype]) -> Signature:
     return view.dtype, tuple((t, v.kind) for t, v in zip(dtypes, view.views, strict=True)), view.narrow
 
 
-def prepare(calls: Iterable[tuple[Chain, Tensor, Sequence[Tensor]]], progress: Any = None) -> None:
+def prepare(
+    calls: Iterable[tuple[Chain, Tensor, Sequence[Tensor]]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Build the libraries of many calls at once, in as many processes as there are cores.
 
     `progress(done, total)` is called after each. Raises the first build's error after all have ended.
     """
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from multiprocessing import get_context
-
     wanted: dict[build.Build, None] = {}
     for chain, x, operands in calls:
         view, device = layout(x, operands), device_of(x, operands)
         signature = _signature(view, [t.dtype for t in (x, *operands)])
         wanted[_build(chain, signature, device, _cuts(chain, view, device))] = None
-    missing = [w for w in wanted if w.try_load() is None]
-    if not missing:
-        return
-    with ProcessPoolExecutor(min(len(missing), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(build.Build.build, one) for one in missing]
-        for done, _ in enumerate(as_completed(futures), 1):
-            if progress:
-                progress(done, len(missing))
-    for future in futures:
-        future.result()
+    missing = [(one,) for one in wanted if one.try_load() is None]
+    pool.each(build.Build.build, missing, len(missing), progress)
 
 
 @dataclass

@@ -44,7 +44,7 @@ def verify(
     from dualop import sweep, verify_table
     from dualop.bench.table import device_info
     from dualop.stages import STAGES
-    from dualop.verify import Row
+    from dualop.verify import Row, prepare
     from dualop.verify import verify as verified
 
     texts = [*(chain or []), *(stage.example for stage in STAGES.values() if all_stages)]
@@ -68,6 +68,8 @@ def verify(
     with output.bars(out) as bar:
         if "cuda" in names:
             output.prepare(sweep.calls(chains, dtypes, device), bar("compiling"))
+        if "triton" in names:
+            prepare(chains, dtypes, device, bar("compiling for triton"))
         for i, op in enumerate(chains, 1):
             step = bar(f"{i} of {len(chains)}: {op}")
             own = {name: number for name, number in numbers.items() if name in op.operands}

@@ -1,0 +1,29 @@
+"""One function on many tasks, in processes of their own: what compilers are called by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def each(
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], most: int, progress: Callable[[int, int], None]
+) -> None:
+    """function(*task) for each task, in as many processes as there are cores, at most `most`.
+
+    Function and tasks are pickled. `progress(done, total)` is called after each. Raises the first task's error
+    after all have ended.
+    """
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    if not tasks:
+        return
+    # Not forked: a child of a process that has used a GPU could not use it.
+    with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1, most), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(function, *task) for task in tasks]
+        for done, _ in enumerate(as_completed(futures), 1):
+            progress(done, len(tasks))
+    for future in futures:
+        future.result()
