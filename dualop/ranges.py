@@ -56,7 +56,8 @@ class Step(NamedTuple):
 @lru_cache(maxsize=4096)
 def steps(chain: Chain) -> tuple[Step, ...]:
     """The chain as the kernels run it. A slope has to have every stage by itself, with its second derivative."""
-    interval, found, sloped = EVERYTHING, [], isinstance(chain, Slope)
+    interval, sloped = EVERYTHING, isinstance(chain, Slope)
+    found: list[Step] = []
     for i, call in enumerate(chain.calls):
         if not _without_effect(call, interval):
             step = _step(call, chain, interval)
