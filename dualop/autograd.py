@@ -101,10 +101,10 @@ class ChainFunction(torch.autograd.Function):
     """apply(op, arguments, *tensors): both ops of dualop with their derivatives, for every backend.
 
     `tensors` are (x, *operands) for the forward op and (gy, x, *operands) for the backward op, `arguments` the op's
-    others. `op` None is the forward op on the short way (dualop/direct.py), its backend resolved. It saves the tensors
-    and nothing else. The derivative of the forward op is the backward op; that one's is the backward op of the chain's
-    slope (dualop/slopes.py) where there is one, else the reference's, by torch's own functions, which torch can
-    differentiate without end.
+    others. On the short way (dualop/direct.py) of the forward op, `op` is what dualop/native knows of its calls or
+    None, and the backend is resolved. It saves the tensors and nothing else. The derivative of the forward op is the
+    backward op; that one's is the backward op of the chain's slope (dualop/slopes.py) where there is one, else the
+    reference's, by torch's own functions, which torch can differentiate without end.
     """
 
     @staticmethod

@@ -29,7 +29,6 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from dualop import build, tuned
-from dualop.errors import DualopError
 
 SOURCES = ("tensors.h", "triton.h", "call.h", "module.cpp")
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -96,7 +95,7 @@ def triton_launcher() -> int:
 
 def forget() -> None:
     """Have every call go Python's way once more: another launch may be chosen from now on."""
-    for found in known.values():
+    for found in list(known.values()):
         found.forget()
 
 
@@ -119,17 +118,21 @@ def _begin() -> None:
         if _begun:
             return
         _begun = True
-    if extension().try_load() is None:
-        threading.Thread(target=_build, name="dualop native build", daemon=True).start()
-    else:
+    try:
+        built = extension().try_load() is not None
+    except Exception:  # the build will meet it again, and say so
+        built = False
+    if built:
         _build()
+    else:
+        threading.Thread(target=_build, name="dualop native build", daemon=True).start()
 
 
 def _build() -> None:
     global _module, why_not
     try:
         _module, why_not = _imported(extension().load()._name), ""
-    except (DualopError, ImportError, OSError) as error:
+    except Exception as error:  # whatever it is, Python's way serves
         why_not = next(iter(str(error).splitlines()), type(error).__name__)
 
 

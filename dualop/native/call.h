@@ -30,8 +30,8 @@ struct Launch {
     int (*function)(const void* words);
     std::vector<int64_t> words;
     std::vector<int> slots, sources;
-    int stream;          // the place of the stream
-    PyObject* allowed;   // () -> bool: whether it may be made, and what it needs kept alive; None
+    int stream;         // the place of the stream
+    PyObject* allowed;  // () -> bool: whether it may be made, and what it needs kept alive; None
 };
 
 using Tensors = c10::SmallVector<at::Tensor, 8>;

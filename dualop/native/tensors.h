@@ -9,6 +9,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <vector>
+
 // Of libtorch_python: a Python tensor that owns `tensor`.
 PyObject* THPVariable_Wrap(at::TensorBase&& tensor);
 
