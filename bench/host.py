@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -22,6 +23,7 @@ from dualop.cli.options import DEFAULT_CHAIN
 
 SHAPE = (8, 64)
 LOOPS, LOOP_S = 7, 0.05
+NOTHING = "a Function that does nothing"
 FORWARD, TRAINING = "forward", "forward and backward"
 
 
@@ -55,10 +57,24 @@ def run(names: Sequence[str], device: torch.device, compiled: bool) -> list[Row]
         times[name, FORWARD] = _time(partial(_without_gradients, chain, x, bias), device)
     leaves = [t.clone().requires_grad_() for t in (x, bias)]
     gy = torch.randn(SHAPE, device=device)
+    chains[NOTHING] = _Nothing.apply
     for name, chain in chains.items():
         times[name, TRAINING] = _time(partial(_step, chain, leaves, gy), device)
     base = {FORWARD: times["torch.sigmoid", FORWARD], TRAINING: times[EAGER, TRAINING]}
     return [Row(name, way, round(us, 2), round(us / base[way], 3)) for (name, way), us in times.items()]
+
+
+class _Nothing(torch.autograd.Function):
+    """What torch takes by itself for a function with a backward in Python, which only allocates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gy: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
 
 
 def _without_gradients(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ DUALOP_FUN float rcp_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;"
 // Relative error up to 2^-11; keeps subnormals.
 DUALOP_FUN float tanh_approx(float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
+// a - b, where b may be a product: a compiler that made one fma of both would take b before it was rounded.
+DUALOP_FUN float minus_rounded(float a, float b) { return __fsub_rn(a, b); }
+
 // ---- 16-bit floats: round to nearest even, overflow to infinity, NaN becomes 0x7fff ---------------------------------
 
 DUALOP_FUN unsigned short to_bf16(float x) {

@@ -61,6 +61,8 @@ DUALOP_FUN float ex2_approx(float x) { return flush(exp2f(flush(x))); }
 DUALOP_FUN float rcp_approx(float x) { return flush(1.0f / flush(x)); }
 DUALOP_FUN float tanh_approx(float x) { return tanhf(x); }
 
+DUALOP_FUN float minus_rounded(float a, float b) { return a - b; }
+
 // ---- 16-bit floats: round to nearest even, overflow to infinity, NaN becomes 0x7fff ---------------------------------
 
 DUALOP_FUN unsigned short to_bf16(float x) {

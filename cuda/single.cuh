@@ -33,7 +33,7 @@ DUALOP_FUN float exp_ratio(float z, float alpha, float inverse) {
 // x / (1 + e) for e >= 0, with the remainder, which takes e itself: as good as one rounding.
 DUALOP_FUN float quotient(float x, float e) {
     const float r = rcp_approx(1.0f + e), t = x * r;
-    return ::fmaf(r, ::fmaf(-t, e, x - t), t);
+    return ::fmaf(r, ::fmaf(-t, e, minus_rounded(x, t)), t);
 }
 
 // z - z^3 P(z^2) with a minimax polynomial near 0, then 1 - 2 e / (1 + e) with e = exp(-2 |z|).

@@ -65,7 +65,7 @@ FORWARD = {
 BACKWARD = {
 @BACKWARD_CUTS@
 }
-TALL = @TALL@
+SMALL = @SMALL@
 
 # Of @NAMES@.
 VIEWS = (
@@ -131,11 +131,11 @@ def _meta(shape: Shape, operands: Sequence[Shape]) -> tuple[torch.Tensor, list[t
     return x, rest
 
 
-def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any], tall: launch.Tall) -> str:
+def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any], small: launch.Small) -> str:
     """Python text: `layout_of(shape, dtype)`, FORWARD, BACKWARD, `forward_grid` and `backward_grid`.
 
-    `forward` and `backward` are the launch.Cut of each dtype, or of its size, `tall` what makes them tall. The text
-    needs functools, math, torch and NamedTuple.
+    `forward` and `backward` are the launch.Cut of each dtype, or of its size, `small` is the rule for small tensors.
+    The text needs functools, math, torch and NamedTuple.
     """
     filled = {
         "@KINDS@": ", ".join(map(str, (COLUMN, ROW, WRAP, SPLIT, FULL))),
@@ -143,11 +143,11 @@ def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any],
         "@SUM_SHAPE@": _method(layouts.View.sum_shape),
         "@COPIED@": copied(
             launch.Cut, launch.Grid, launch.ceil_div, launch.power_of_two, launch.forward_grid, launch.summed,
-            launch.Tall, launch.backward_grid, launch._launchable,
+            launch.Small, launch.backward_grid, launch._launchable,
         ),
         "@FORWARD_CUTS@": _table(forward),
         "@BACKWARD_CUTS@": _table(backward),
-        "@TALL@": repr(tall),
+        "@SMALL@": repr(small),
         "@NAMES@": ", ".join(("z", *plan.names)),
         "@VIEWS@": "\n".join(f"    {line}," for line in _views(plan)),
         "@CHECKS@": textwrap.indent(_checks(plan), "    "),

@@ -2,9 +2,8 @@
 
 cuBLAS with a kernel behind it is the rule; this one saves writing the product and reading it again, and hides part of
 the chain's arithmetic behind the tensor cores, but its product alone is slower than cuBLAS. `pays` says where it is
-taken. The environment variable DUALOP_GEMM asks for it: `on` takes it wherever it can run, `auto` where it pays, `off`
-never, which is the default as long as this kernel itself has not run on a GPU. It is Triton's: a backend that is asked
-for by name and is not triton rules it out.
+taken. The environment variable DUALOP_GEMM asks for it: `on` takes it wherever it can run, `auto` (the default) where
+it pays, `off` never. It is Triton's: a backend that is asked for by name and is not triton rules it out.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from dualop.layout import Layout, layout
 from dualop.ranges import steps
 
 SWITCH = "DUALOP_GEMM"
-mode = os.environ.get(SWITCH) or "off"
+mode = os.environ.get(SWITCH) or "auto"
 
 
 @contextmanager
@@ -69,14 +68,14 @@ class Tile:
 TILE = Tile()
 
 
-def pays(rows: int, out_features: int, in_features: int) -> bool:
-    """Whether the fused kernel beats cuBLAS and a kernel behind it, on an H200.
+def pays(rows: int, out_features: int, in_features: int, training: bool) -> bool:
+    """Whether the fused kernel beats cuBLAS and a kernel behind it.
 
-    Measured with the default chain in bfloat16, forward for inference, by a prototype: 458 us against 498 us for
-    16384 x 1024 -> 8192, and 193 us against 185 us for 1024 x 8192 -> 8192. The product is all that counts where
-    in_features is large, and cuBLAS's is faster.
+    Measured on an H100, default chain, bfloat16, against the better of both backends (bench/NOTES.md): in inference by
+    1.05 to 1.3 with up to 1024 in_features, and not with 2048 or more, where the product is all that counts and
+    cuBLAS's is faster. A training step gains nothing: its backward is the same, its product is written all the same.
     """
-    return in_features <= 2048 and rows * out_features >= 2**25
+    return not training and in_features <= 1024 and rows * out_features >= 2**23
 
 
 def reasons(x: Tensor, weight: Tensor, operands: Sequence[Tensor], backend: str | None = None) -> list[str]:
@@ -94,7 +93,8 @@ def reasons(x: Tensor, weight: Tensor, operands: Sequence[Tensor], backend: str 
         return ["torch.compile, functorch and forward mode take the product and the chain apart"]
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return ["the shapes do not fit"]
-    if mode == "auto" and not pays(x.numel() // max(x.shape[-1], 1), *weight.shape):
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *operands))
+    if mode == "auto" and not pays(x.numel() // max(x.shape[-1], 1), weight.shape[0], weight.shape[1], training):
         return ["cuBLAS and a kernel behind it are faster at this size"]
     of_call = _of_call(x, registry.requested(backend))
     return of_call or _of_tensors(x, weight, operands) or _of_layout(x, weight, operands)

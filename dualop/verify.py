@@ -209,11 +209,19 @@ def _rows(
     }
     for x in sweep.inputs(dtype):
         right = exact(chain, x.double(), wide)
-        unsettled = right[0].isnan() & ~x.isnan(), right[1].isnan() | ~x.isfinite()
+        finite = x.isfinite()
+        unsettled = right[0].isnan() & ~x.isnan(), right[1].isnan() | ~finite
+        sizes = [_size(values, scale, x.dtype) for values, scale in zip(right, scales, strict=True)]
+        unjudged = [int((mask & finite).sum()) for mask in unsettled]
         for name, function in functions.items():
             for i, actual in enumerate(_differentiated(function, x, operands)):
-                unasked = unsettled[i] | _lost(found[name][i], x)
-                _add(found[name][i], x, actual, right[i], unasked, lambda x: exact(chain, x, wide))
+                row = found[name][i]
+                row.unjudged += unjudged[i]
+                chosen = _larger(row, actual, right[i], sizes[i]).logical_and_(~unsettled[i])
+                if lost := _lost(row, x):
+                    chosen &= ~lost[0]
+                    row.unjudged += int((lost[0] & ~unsettled[i]).sum())
+                _add(row, x, actual, right[i], chosen, lambda x: exact(chain, x, wide))
         step()
     rows = []
     for name in backends:
@@ -235,23 +243,23 @@ def _differentiated(function: Callable[..., Tensor], x: Tensor, operands: Sequen
     return y.detach(), gradient
 
 
-def _lost(row: Row, x: Tensor) -> Tensor:
+def _lost(row: Row, x: Tensor) -> tuple[Tensor, ...]:
     """Inputs that do not reach the kernel: Triton's interpreter makes zeros of most bfloat16 subnormals."""
-    lost = row.interpreted and (row.backend, row.dtype) == ("triton", "bfloat16")
-    return (x != 0) & (x.abs() < torch.finfo(x.dtype).tiny) & lost
+    if not row.interpreted or (row.backend, row.dtype) != ("triton", "bfloat16"):
+        return ()
+    return ((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny),)
 
 
 Exact = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _add(row: Row, x: Tensor, actual: Tensor, right: Tensor, unsettled: Tensor, truth: Exact) -> None:
-    """What one piece of the inputs adds to a row; `unsettled` inputs are not judged."""
-    row.unjudged += int((unsettled & x.isfinite()).sum())
+def _add(row: Row, x: Tensor, actual: Tensor, right: Tensor, chosen: Tensor, truth: Exact) -> None:
+    """What one piece of the inputs adds to a row; all that matters in it is `chosen`."""
     row.max_ulp = max(row.max_ulp, 0.0)
-    chosen = _larger(row, actual, right).masked_fill_(unsettled, False)
-    x, actual, right = x[chosen], actual[chosen], right[chosen]
-    if not x.numel():
+    places = chosen.view(-1).nonzero().view(-1)
+    if not places.numel():
         return
+    x, actual, right = (t.reshape(-1)[places] for t in (x, actual, right))
     error = ulps(actual, right, actual.dtype, row.scale)
     beyond = error > row.limit
     if bool(beyond.any()):
@@ -267,13 +275,17 @@ def _add(row: Row, x: Tensor, actual: Tensor, right: Tensor, unsettled: Tensor, 
         row.exact, row.actual = right[place].item(), actual[place].item()
 
 
-def _larger(row: Row, actual: Tensor, right: Tensor) -> Tensor:
+def _size(right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The magnitudes whose spacing is the ulp."""
+    info = torch.finfo(dtype)
+    return right.abs().clamp_(min=max(min(scale, info.max) / 1024, info.tiny))
+
+
+def _larger(row: Row, actual: Tensor, right: Tensor, size: Tensor) -> Tensor:
     """Where the error may be larger than what the row has seen or allows: only there it is counted in ulps, which takes
     many passes over memory. An ulp is at least eps / 2 of a number."""
-    info = torch.finfo(actual.dtype)
-    seen = min(row.max_ulp, row.ordinary_ulp, row.limit)
-    size = right.abs().clamp_(min=max(min(row.scale, info.max) / 1024, info.tiny))
-    return (actual.double().sub_(right).abs_().div_(size) <= seen * info.eps / 2).logical_not_()
+    seen = min(row.max_ulp, row.ordinary_ulp, row.limit) * torch.finfo(actual.dtype).eps / 2
+    return ((actual - right).abs_().sub_(size, alpha=seen) <= 0).logical_not_()
 
 
 def _at_jump(truth: Exact, x: Tensor, actual: Tensor, row: Row) -> Tensor:

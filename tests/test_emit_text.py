@@ -65,7 +65,7 @@ def test_the_rules_can_be_broken() -> None:
 def test_only_what_is_used_is_there_and_always_the_same(backend: str) -> None:
     text = emit(backend=backend)
     assert text == emit(dualop.chain("add | silu | tanh | gelu | hardtanh"), "linear:8192x8192", backend, batch=1024)
-    assert len(text.splitlines()) < (1500 if backend == "cuda" else 1050)
+    assert len(text.splitlines()) < (1600 if backend == "cuda" else 1150)
     code = re.sub(r"(//|#) .*", "", text)
     for other in ("softplus", "mish", "leaky_relu", "log1p", "expm1", "hardshrink", "maximum"):
         assert not re.search(rf"(?<!tl\.)\b(stage_)?{other}\b", code), other

@@ -187,7 +187,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
 
 
 def test_a_rule_of_sizes() -> None:
-    assert gemm.pays(16384, 8192, 1024) and not gemm.pays(1024, 8192, 8192) and not gemm.pays(64, 8192, 1024)
+    assert gemm.pays(16384, 8192, 1024, False) and not gemm.pays(16384, 8192, 1024, True)
+    assert not gemm.pays(1024, 8192, 8192, False) and not gemm.pays(64, 8192, 1024, False)
 
 
 def test_where_it_is_not_taken_errors_and_results_are_as_ever(taken, device: torch.device) -> None:

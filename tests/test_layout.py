@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dualop
 from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
-from dualop.launch import MOST_PROGRAMS, TILES, Cut, Grid, Tall, backward_grid, forward_grid, power_of_two
+from dualop.launch import MOST_PROGRAMS, TILES, Cut, Grid, Small, backward_grid, forward_grid, power_of_two
 from dualop.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -394,7 +394,7 @@ def test_tall_tiles_leave_no_partial_sums(
     of = {"column": shape[-1:], "row": (*shape[:-1], 1), "scalar": (), "full": shape}
     view = layout(meta(*shape, dtype=dtype), [meta(*of[kind], dtype=dtype) for kind in kinds])
     cut = Cut(rows=2, threads=128, across=32, resident=1)
-    found = Tall(bytes=64, tiles=8).fitted(cut, view, 132)
+    found = Small(bytes=64, tiles=8, even=0).fitted(cut, view, 132)
     assert (found is not cut) == is_tall
     if is_tall:
         wide = 16 // dtype.itemsize
@@ -403,6 +403,14 @@ def test_tall_tiles_leave_no_partial_sums(
         covered(view, grid)
         assert grid.row_programs == 1 and grid.steps <= 8 and grid.tile_cols * dtype.itemsize == 64
         assert view.partial(1, grid.row_programs, grid.col_programs, torch.device("cpu")) is None
+
+
+def test_small_tensors_have_smaller_programs() -> None:
+    cut, small = Cut(rows=2, threads=256, across=32, resident=1), Small(bytes=64, tiles=0, even=32)
+    at, beyond = (layout(meta(rows, 8192), [meta(8192)]) for rows in (2112, 2111))
+    assert at.total == 32 * 132 * 2 * 256 * 8  # as many as there have to be
+    assert small.fitted(cut, at, 132) == cut
+    assert small.fitted(cut, beyond, 132) == Cut(rows=2, threads=128, across=32, resident=1)
 
 
 def test_partial_sums_are_few() -> None:

@@ -41,6 +41,9 @@ if INTERPRETED:
         values = a.handle.data.astype(np.float64) * b.handle.data + c.handle.data
         return tl.core.tensor(TensorHandle(values.astype(np.float32), tl.float32), (a + b + c).type)
 
+    def minus_rounded(a, b):
+        return a - b
+
     def copysign(a, b):
         values = np.copysign(a.handle.data, b.handle.data)
         return tl.core.tensor(TensorHandle(values, a.handle.dtype), a.type)
@@ -90,6 +93,11 @@ else:
     @triton.jit
     def fma(a, b, c):
         return tl.fma(a, b, c)
+
+    @triton.jit
+    def minus_rounded(a, b):
+        """a - b, where b may be a product: a compiler that made one fma of both would take b before it was rounded."""
+        return tl.inline_asm_elementwise("sub.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
 
     # As in cuda/device.cuh: the sum kernel is launched while the backward kernel still runs.
     @triton.jit

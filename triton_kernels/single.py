@@ -56,7 +56,7 @@ def quotient(x, e):
     """x / (1 + e) for e >= 0"""
     r = platform.rcp_approx(1.0 + e)
     t = x * r
-    return platform.fma(r, platform.fma(-t, e, x - t), t)
+    return platform.fma(r, platform.fma(-t, e, platform.minus_rounded(x, t)), t)
 
 
 @triton.jit

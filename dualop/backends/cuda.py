@@ -20,7 +20,7 @@ from dualop import build, pool, tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
-from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.launch import Cut, Grid, Small, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
 from dualop.native.record import Word, launched, number
 from dualop.ranges import Step, steps
@@ -35,10 +35,10 @@ FORWARD = {
     torch.float64: Cut(rows=1, threads=128, across=128, resident=1),
 }
 BACKWARD = {
-    **dict.fromkeys(DTYPES, Cut(rows=2, threads=256, across=32, resident=3)),
+    **dict.fromkeys(DTYPES, Cut(rows=2, threads=256, across=32, resident=4)),
     torch.float64: Cut(rows=2, threads=256, across=32, resident=1),
 }
-TALL = Tall(bytes=32, tiles=2)
+SMALL = Small(bytes=32, tiles=2, even=32)
 
 STREAM = 6  # its place among a launch's words
 
@@ -99,7 +99,7 @@ def _kind(kind: int) -> str:
 def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) -> Cut:
     """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
     forward, backward = _untuned(chain, view.dtype, len(view.views))
-    return TALL.fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
+    return SMALL.fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
 
 
 def _untuned(chain: Chain, dtype: torch.dtype, inputs: int) -> Cuts:
