@@ -123,7 +123,8 @@ template <number_bits lambd> struct softshrink {
 
 struct hardsigmoid {
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
-        return min_nan(max_nan(z + T(3), T(0)), T(6)) * T(1.0 / 6);
+        const T sixfold = min_nan(max_nan(z + T(3), T(0)), T(6));
+        return math::lean<bits> ? sixfold * T(1.0 / 6) : sixfold / T(6);
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         return z > T(-3) && z < T(3) ? gy * T(1.0 / 6) : T(0);
@@ -152,7 +153,7 @@ template <number_bits alpha> struct elu {
 struct selu {
     static constexpr double scale = 1.0507009873554804934193349852946, alpha = 1.6732632423543772848170429916717;
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
-        return T(scale) * elu<number(alpha)>::forward<bits>(z);
+        return z <= T(0) ? T(scale * alpha) * math::expm1<bits>(z) : T(scale) * z;
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         return T(scale) * elu<number(alpha)>::backward<bits>(z, gy);

@@ -76,7 +76,7 @@ def cut(layout, backward, vector, sms):
     width = 16 // layout.dtype.itemsize if vector else 1
     cut = (BACKWARD if backward else FORWARD)[layout.dtype]
     if backward:
-        cut = SMALL.fitted(cut, layout, sms)
+        cut = TALL.fitted(cut, layout, sms)
     x = min(cut.across if vector else max(cut.across, 32), power_of_two(ceil_div(layout.cols, width)))
     y = cut.threads // x
     tile = (y * cut.rows, x * width)
@@ -154,7 +154,7 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
     compiled = [f"    {dtype}: {_compiled(chain, plan, dtype)!r},".replace("'", '"') for dtype in DTYPES]
     filled = {
         "@SOURCE@": _source(chain, plan),
-        "@LAUNCH@": emit_launch.emitted(plan, cuda.FORWARD, cuda.BACKWARD, cuda.SMALL),
+        "@LAUNCH@": emit_launch.emitted(plan, cuda.FORWARD, cuda.BACKWARD, cuda.TALL),
         "@COMPILED@": "\n".join(compiled),
     }
     text = _PYTHON

@@ -65,7 +65,7 @@ FORWARD = {
 BACKWARD = {
 @BACKWARD_CUTS@
 }
-SMALL = @SMALL@
+TALL = @TALL@
 
 # Of @NAMES@.
 VIEWS = (
@@ -131,10 +131,10 @@ def _meta(shape: Shape, operands: Sequence[Shape]) -> tuple[torch.Tensor, list[t
     return x, rest
 
 
-def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any], small: launch.Small) -> str:
+def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any], tall: launch.Tall) -> str:
     """Python text: `layout_of(shape, dtype)`, FORWARD, BACKWARD, `forward_grid` and `backward_grid`.
 
-    `forward` and `backward` are the launch.Cut of each dtype, or of its size, `small` is the rule for small tensors.
+    `forward` and `backward` are the launch.Cut of each dtype, or of its size, `tall` is the rule for tall ones.
     The text needs functools, math, torch and NamedTuple.
     """
     filled = {
@@ -143,11 +143,11 @@ def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any],
         "@SUM_SHAPE@": _method(layouts.View.sum_shape),
         "@COPIED@": copied(
             launch.Cut, launch.Grid, launch.ceil_div, launch.power_of_two, launch.forward_grid, launch.summed,
-            launch.Small, launch.backward_grid, launch._launchable,
+            launch.Tall, launch.backward_grid, launch._launchable,
         ),
         "@FORWARD_CUTS@": _table(forward),
         "@BACKWARD_CUTS@": _table(backward),
-        "@SMALL@": repr(small),
+        "@TALL@": repr(tall),
         "@NAMES@": ", ".join(("z", *plan.names)),
         "@VIEWS@": "\n".join(f"    {line}," for line in _views(plan)),
         "@CHECKS@": textwrap.indent(_checks(plan), "    "),
@@ -167,7 +167,9 @@ def copied(*objects: Any) -> str:
     text = re.sub(r"@dataclass\(frozen=True\)\nclass (\w+):", r"class \1(NamedTuple):", text)
     text = re.sub(r"\b_(launchable|tile|mask)\b", r"\1", text)
     text = re.sub(r"\breplace\((\w+), ", r"\1._replace(", text)
-    return re.sub(r"\b(MOST_PROGRAMS|TILES|TALL_THREADS)\b", lambda match: str(getattr(launch, match[1])), text)
+    return re.sub(
+        r"\b(MOST_PROGRAMS|TILES|TALL_THREADS|TALL_ROWS)\b", lambda match: str(getattr(launch, match[1])), text
+    )
 
 
 def _method(function: Any) -> str:

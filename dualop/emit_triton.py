@@ -87,7 +87,7 @@ def tail_backward(gy, inputs, needs):
     z = inputs[0]
     layout = layout_of(z.shape, z.dtype)
     cut = (BACKWARD if any(view.reduced for view in layout.views) else FORWARD)[z.dtype]
-    cut = SMALL.fitted(cut, layout, multiprocessors(z.device))
+    cut = TALL.fitted(cut, layout, multiprocessors(z.device))
     grid = backward_grid(layout, *tile(layout, cut), multiprocessors(z.device), cut)
     # From compute capability 9.0 on, the sums' kernel is launched while the other one still runs.
     early = torch.cuda.get_device_properties(z.device).major >= 9
@@ -143,7 +143,7 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
     filled = {
         "@SOURCE@": source,
         "@IMPORTS@": "".join(f"{line}\n" for line in library.imports(source)),
-        "@LAUNCH@": emit_launch.emitted(plan, triton.FORWARD, triton.BACKWARD, triton.SMALL),
+        "@LAUNCH@": emit_launch.emitted(plan, triton.FORWARD, triton.BACKWARD, triton.TALL),
         "@COPIED@": re.sub(r"\bview\b", "layout", emit_launch.copied(triton._tile, triton._mask)),
         "@STAGES@": str(triton.STAGES),
         "@NARROW@": str(plan.view.narrow),

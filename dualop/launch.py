@@ -4,7 +4,7 @@ The heuristic, which knows the dtype, the shape and the number of multiprocessor
 
 1. Each backend has a Cut for each dtype and direction (FORWARD and BACKWARD in `dualop/backends/`), as searched for on
    large tensors. Where registers would not suffice, in long chains, `resident` is 1.
-2. `Small.fitted`: in backward, small tensors are cut into tiles that leave no partial sums, or into smaller programs.
+2. `Tall.fitted`: where gradients are summed along the columns and there are few rows, a program takes all of them.
 3. `across` threads lie side by side as far as there are columns; those that are left lie along the rows.
 4. `forward_grid` has a program for each tile, `backward_grid` as many as sums of gradients want.
 
@@ -40,7 +40,7 @@ class Cut:
 
 
 TILES = 8  # of a program in backward
-TALL_THREADS = 256
+TALL_THREADS, TALL_ROWS = 256, 2
 MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 
@@ -94,29 +94,27 @@ def summed(layout: Layout) -> set[int]:
 
 
 @dataclass(frozen=True)
-class Small:
-    """How a backward is cut on small tensors.
+class Tall:
+    """Tall and narrow tiles for a backward where a program can take all rows of its columns.
 
-    Tall, in tiles `bytes` of a row wide, where a program can take all rows of its columns: then no partial sums are
-    left to add up, and there is one launch instead of two. That pays where a program has few tiles, at most `tiles`,
-    and fewer the fewer programs there are to keep all multiprocessors busy. Otherwise in programs of half the threads
-    where an SM would have less than `even` tiles: smaller ones are spread more evenly.
+    Then no partial sums are left to add up, and there is one launch instead of two. That pays where a program has few
+    tiles, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. They are `columns`
+    wide, or half of that where it takes so many programs.
     """
 
-    bytes: int
+    columns: int
     tiles: int
-    even: int
 
     def fitted(self, cut: Cut, layout: Layout, multiprocessors: int) -> Cut:
-        """`cut`, or what suits a small tensor better."""
-        kinds, across = summed(layout), self.bytes // 16
-        tiles = ceil_div(layout.rows, cut.rows * TALL_THREADS // across)
-        programs = ceil_div(layout.cols * layout.dtype.itemsize, self.bytes)
-        few = tiles <= self.tiles and tiles * multiprocessors <= 16 * programs
-        if COLUMN in kinds and ROW not in kinds and few:
-            return replace(cut, threads=TALL_THREADS, across=across, least=0)
-        whole = layout.total * layout.dtype.itemsize // (16 * cut.rows * cut.threads)
-        return replace(cut, threads=cut.threads // 2) if whole < self.even * multiprocessors else cut
+        """`cut`, or its tall form where that pays."""
+        kinds = summed(layout)
+        for columns in (self.columns, self.columns // 2):
+            across = max(1, columns * layout.dtype.itemsize // 16)
+            tiles = ceil_div(layout.rows, TALL_ROWS * TALL_THREADS // across)
+            few = tiles <= self.tiles and tiles * multiprocessors <= 16 * ceil_div(layout.cols, columns)
+            if few and COLUMN in kinds and ROW not in kinds:
+                return replace(cut, rows=TALL_ROWS, threads=TALL_THREADS, across=across, least=0)
+        return cut
 
 
 def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessors: int, cut: Cut) -> Grid:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dualop
 from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
-from dualop.launch import MOST_PROGRAMS, TILES, Cut, Grid, Small, backward_grid, forward_grid, power_of_two
+from dualop.launch import MOST_PROGRAMS, TILES, Cut, Grid, Tall, backward_grid, forward_grid, power_of_two
 from dualop.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -374,43 +374,37 @@ def test_grids_cover_everything(shape: tuple[int, ...], kinds: list[str], tile: 
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "kinds", "is_tall"),
+    ("shape", "dtype", "kinds", "columns"),
     [
-        ((128, 512), torch.bfloat16, ["column"], True),
-        ((1024, 8192), torch.float32, ["column"], True),
-        ((1024, 8192), torch.float32, ["column", "full", "scalar"], True),
-        ((1025, 8192), torch.float32, ["column"], False),  # more tiles than eight
-        ((1024, 256), torch.float32, ["column"], False),  # too few programs for as many tiles
-        ((128, 512), torch.bfloat16, ["column", "row"], False),
-        ((128, 512), torch.bfloat16, ["row"], False),
-        ((128, 512), torch.bfloat16, ["scalar"], False),
-        ((128, 512), torch.bfloat16, [], False),
+        ((128, 512), torch.bfloat16, ["column"], 32),
+        ((128, 512), torch.float32, ["column"], 16),  # 32 columns would leave too few programs
+        ((1024, 8192), torch.bfloat16, ["column"], 32),
+        ((1024, 8192), torch.bfloat16, ["column", "full", "scalar"], 32),
+        ((1024, 8192), torch.float32, ["column"], 16),  # with 32 columns there are more than eight tiles
+        ((2049, 8192), torch.bfloat16, ["column"], 0),  # and here with 16
+        ((1024, 256), torch.bfloat16, ["column"], 0),  # too few programs for as many tiles
+        ((128, 512), torch.bfloat16, ["column", "row"], 0),
+        ((128, 512), torch.bfloat16, ["row"], 0),
+        ((128, 512), torch.bfloat16, ["scalar"], 0),
+        ((128, 512), torch.bfloat16, [], 0),
     ],
     ids=str,
 )
 def test_tall_tiles_leave_no_partial_sums(
-    shape: tuple[int, ...], dtype: torch.dtype, kinds: list[str], is_tall: bool
+    shape: tuple[int, ...], dtype: torch.dtype, kinds: list[str], columns: int
 ) -> None:
     of = {"column": shape[-1:], "row": (*shape[:-1], 1), "scalar": (), "full": shape}
     view = layout(meta(*shape, dtype=dtype), [meta(*of[kind], dtype=dtype) for kind in kinds])
     cut = Cut(rows=2, threads=128, across=32, resident=1)
-    found = Small(bytes=64, tiles=8, even=0).fitted(cut, view, 132)
-    assert (found is not cut) == is_tall
-    if is_tall:
+    found = Tall(columns=32, tiles=8).fitted(cut, view, 132)
+    assert (found is not cut) == bool(columns)
+    if columns:
         wide = 16 // dtype.itemsize
         tile = (found.rows * found.threads // found.across, found.across * wide)
         grid = backward_grid(view, *tile, 132, found)
         covered(view, grid)
-        assert grid.row_programs == 1 and grid.steps <= 8 and grid.tile_cols * dtype.itemsize == 64
+        assert grid.row_programs == 1 and grid.steps <= 8 and grid.tile_cols == columns
         assert view.partial(1, grid.row_programs, grid.col_programs, torch.device("cpu")) is None
-
-
-def test_small_tensors_have_smaller_programs() -> None:
-    cut, small = Cut(rows=2, threads=256, across=32, resident=1), Small(bytes=64, tiles=0, even=32)
-    at, beyond = (layout(meta(rows, 8192), [meta(8192)]) for rows in (2112, 2111))
-    assert at.total == 32 * 132 * 2 * 256 * 8  # as many as there have to be
-    assert small.fitted(cut, at, 132) == cut
-    assert small.fitted(cut, beyond, 132) == Cut(rows=2, threads=128, across=32, resident=1)
 
 
 def test_partial_sums_are_few() -> None:

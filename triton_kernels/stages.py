@@ -181,7 +181,11 @@ def softshrink_backward(z, gy, lambd: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def hardsigmoid(z, BITS: tl.constexpr):
-    return min_nan(max_nan(z + 3.0, number(z, 0.0)), number(z, 6.0)) * (1.0 / 6)
+    sixfold = min_nan(max_nan(z + 3.0, number(z, 0.0)), number(z, 6.0))
+    if BITS <= 11:
+        return sixfold * (1.0 / 6)
+    else:
+        return math.divide(sixfold, number(z, 6.0), BITS)
 
 
 @triton.jit
@@ -216,7 +220,8 @@ def elu_backward(z, gy, alpha: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def selu(z, BITS: tl.constexpr):
     scale: tl.constexpr = 1.0507009873554804934193349852946
-    return scale * elu(z, 1.6732632423543772848170429916717, BITS)
+    alpha: tl.constexpr = 1.6732632423543772848170429916717
+    return tl.where(z <= 0, number(z, scale * alpha) * math.expm1(z, BITS), number(z, scale) * z)
 
 
 @triton.jit

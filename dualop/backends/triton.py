@@ -20,16 +20,19 @@ from dualop import tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
 from dualop.chains import Chain
 from dualop.generated import imported
-from dualop.launch import Cut, Grid, Small, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
 from dualop.native.triton import launched
 from dualop.ranges import steps
 from dualop.slopes import Slope, is_curved
 
 # As in the CUDA backend, but for the compiler's own choice of registers.
-FORWARD = dict.fromkeys(DTYPES, Cut(rows=1, threads=128, across=128, resident=1))
-BACKWARD = dict.fromkeys(DTYPES, Cut(rows=2, threads=256, across=32, resident=1, least=4))
-SMALL = Small(bytes=64, tiles=8, even=0)  # more tiles than in CUDA, since loads are pipelined
+FORWARD = {
+    **dict.fromkeys(DTYPES, Cut(rows=1, threads=128, across=128, resident=1)),
+    torch.float32: Cut(rows=2, threads=128, across=128, resident=1),
+}
+BACKWARD = dict.fromkeys(DTYPES, Cut(rows=4, threads=128, across=32, resident=1, least=4))
+TALL = Tall(columns=32, tiles=16)  # more tiles than in CUDA, since loads are pipelined
 # A slope has three values a stage and element on its way up: at most 8 elements a thread, or long ones spill.
 SLOPE = {t: Cut(rows=1 if t.itemsize == 2 else 2, threads=128, across=128, resident=1) for t in DTYPES}
 # Tiles of a program that are under way at once. The assembler would move loads into registers down to their first use.
@@ -170,7 +173,7 @@ def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) 
     """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
     reduced = direction == "backward" and any(v.reduced for v in view.views)
     cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
-    return SMALL.fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
+    return TALL.fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
 
 
 def _tile(view: Layout, cut: Cut) -> tuple[int, int]:
