@@ -76,7 +76,7 @@ def cut(layout, backward, vector, sms):
     width = 16 // layout.dtype.itemsize if vector else 1
     cut = (BACKWARD if backward else FORWARD)[layout.dtype]
     if backward:
-        cut = TALL.fitted(cut, layout, sms)
+        cut = TALL[layout.dtype].fitted(cut, layout, sms)
     x = min(cut.across if vector else max(cut.across, 32), power_of_two(ceil_div(layout.cols, width)))
     y = cut.threads // x
     tile = (y * cut.rows, x * width)

@@ -65,7 +65,9 @@ FORWARD = {
 BACKWARD = {
 @BACKWARD_CUTS@
 }
-TALL = @TALL@
+TALL = {
+@TALL@
+}
 
 # Of @NAMES@.
 VIEWS = (
@@ -131,10 +133,10 @@ def _meta(shape: Shape, operands: Sequence[Shape]) -> tuple[torch.Tensor, list[t
     return x, rest
 
 
-def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any], tall: launch.Tall) -> str:
+def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any], tall: Mapping[Any, Any]) -> str:
     """Python text: `layout_of(shape, dtype)`, FORWARD, BACKWARD, `forward_grid` and `backward_grid`.
 
-    `forward` and `backward` are the launch.Cut of each dtype, or of its size, `tall` is the rule for tall ones.
+    `forward` and `backward` are the launch.Cut of each dtype, or of its size, `tall` its launch.Tall.
     The text needs functools, math, torch and NamedTuple.
     """
     filled = {
@@ -147,7 +149,7 @@ def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any],
         ),
         "@FORWARD_CUTS@": _table(forward),
         "@BACKWARD_CUTS@": _table(backward),
-        "@TALL@": repr(tall),
+        "@TALL@": _table(tall),
         "@NAMES@": ", ".join(("z", *plan.names)),
         "@VIEWS@": "\n".join(f"    {line}," for line in _views(plan)),
         "@CHECKS@": textwrap.indent(_checks(plan), "    "),
@@ -165,10 +167,10 @@ def copied(*objects: Any) -> str:
     """
     text = "\n\n\n".join(inspect.getsource(one).strip("\n") for one in objects)
     text = re.sub(r"@dataclass\(frozen=True\)\nclass (\w+):", r"class \1(NamedTuple):", text)
-    text = re.sub(r"\b_(launchable|tile|mask)\b", r"\1", text)
+    text = re.sub(r"\b_(launchable|tiles|tile|mask)\b", r"\1", text)
     text = re.sub(r"\breplace\((\w+), ", r"\1._replace(", text)
     return re.sub(
-        r"\b(MOST_PROGRAMS|TILES|TALL_THREADS|TALL_ROWS)\b", lambda match: str(getattr(launch, match[1])), text
+        r"\b(MOST_PROGRAMS|TILES|TALL_THREADS|TALL_ROWS|SECTOR)\b", lambda match: str(getattr(launch, match[1])), text
     )
 
 

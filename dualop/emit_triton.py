@@ -87,7 +87,7 @@ def tail_backward(gy, inputs, needs):
     z = inputs[0]
     layout = layout_of(z.shape, z.dtype)
     cut = (BACKWARD if any(view.reduced for view in layout.views) else FORWARD)[z.dtype]
-    cut = TALL.fitted(cut, layout, multiprocessors(z.device))
+    cut = TALL[layout.dtype].fitted(cut, layout, multiprocessors(z.device))
     grid = backward_grid(layout, *tile(layout, cut), multiprocessors(z.device), cut)
     # From compute capability 9.0 on, the sums' kernel is launched while the other one still runs.
     early = torch.cuda.get_device_properties(z.device).major >= 9

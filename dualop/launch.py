@@ -41,6 +41,7 @@ class Cut:
 
 TILES = 8  # of a program in backward
 TALL_THREADS, TALL_ROWS = 256, 2
+SECTOR = 32  # bytes that memory is read by
 MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 
@@ -98,23 +99,27 @@ class Tall:
     """Tall and narrow tiles for a backward where a program can take all rows of its columns.
 
     Then no partial sums are left to add up, and there is one launch instead of two. That pays where a program has few
-    tiles, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. They are `columns`
-    wide, or half of that where it takes so many programs.
+    tiles, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. A row of a tile has
+    `bytes`, or half of that where it takes so many programs, but no less than memory is read by.
     """
 
-    columns: int
+    bytes: int
     tiles: int
 
     def fitted(self, cut: Cut, layout: Layout, multiprocessors: int) -> Cut:
         """`cut`, or its tall form where that pays."""
-        kinds = summed(layout)
-        for columns in (self.columns, self.columns // 2):
-            across = max(1, columns * layout.dtype.itemsize // 16)
-            tiles = ceil_div(layout.rows, TALL_ROWS * TALL_THREADS // across)
-            few = tiles <= self.tiles and tiles * multiprocessors <= 16 * ceil_div(layout.cols, columns)
-            if few and COLUMN in kinds and ROW not in kinds:
-                return replace(cut, rows=TALL_ROWS, threads=TALL_THREADS, across=across, least=0)
+        kinds, row = summed(layout), layout.cols * layout.dtype.itemsize
+        if COLUMN not in kinds or ROW in kinds or self._tiles(layout, self.bytes) > self.tiles:
+            return cut
+        for width in (self.bytes, self.bytes // 2):
+            enough = self._tiles(layout, width) * multiprocessors <= 16 * ceil_div(row, width)
+            if enough and width >= SECTOR:
+                return replace(cut, rows=TALL_ROWS, threads=TALL_THREADS, across=width // 16, least=0)
         return cut
+
+    def _tiles(self, layout: Layout, width: int) -> int:
+        """Of a program whose tiles have rows of `width` bytes."""
+        return ceil_div(layout.rows, TALL_ROWS * TALL_THREADS // (width // 16))
 
 
 def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessors: int, cut: Cut) -> Grid:

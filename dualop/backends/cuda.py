@@ -29,18 +29,16 @@ from dualop.sources import cuda_header
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
 # Searched for on an H100 with the default chain (bench/NOTES.md). Forward hides the wait for memory by many threads
-# with one access each, but for float32, whose arithmetic gains more from two; in backward, large blocks leave few
-# partial sums, 32 threads side by side read whole rows.
+# with one access each; in backward, large blocks leave few partial sums, 32 threads side by side read whole rows.
 FORWARD = {
     **dict.fromkeys(DTYPES, Cut(rows=1, threads=128, across=128, resident=8)),
-    torch.float32: Cut(rows=2, threads=128, across=128, resident=4),
     torch.float64: Cut(rows=1, threads=128, across=128, resident=1),
 }
 BACKWARD = {
     **dict.fromkeys(DTYPES, Cut(rows=2, threads=256, across=32, resident=4)),
     torch.float64: Cut(rows=2, threads=256, across=32, resident=1),
 }
-TALL = Tall(columns=16, tiles=2)
+TALL = dict.fromkeys(DTYPES, Tall(bytes=32, tiles=2))
 
 STREAM = 6  # its place among a launch's words
 
@@ -101,7 +99,7 @@ def _kind(kind: int) -> str:
 def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) -> Cut:
     """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
     forward, backward = _untuned(chain, view.dtype, len(view.views))
-    return TALL.fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
+    return TALL[view.dtype].fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
 
 
 def _untuned(chain: Chain, dtype: torch.dtype, inputs: int) -> Cuts:

@@ -32,7 +32,8 @@ FORWARD = {
     torch.float32: Cut(rows=2, threads=128, across=128, resident=1),
 }
 BACKWARD = dict.fromkeys(DTYPES, Cut(rows=4, threads=128, across=32, resident=1, least=4))
-TALL = Tall(columns=32, tiles=16)  # more tiles than in CUDA, since loads are pipelined
+# More tiles than in CUDA, since loads are pipelined.
+TALL = {**dict.fromkeys(DTYPES, Tall(bytes=64, tiles=8)), torch.float32: Tall(bytes=128, tiles=16)}
 # A slope has three values a stage and element on its way up: at most 8 elements a thread, or long ones spill.
 SLOPE = {t: Cut(rows=1 if t.itemsize == 2 else 2, threads=128, across=128, resident=1) for t in DTYPES}
 # Tiles of a program that are under way at once. The assembler would move loads into registers down to their first use.
@@ -173,7 +174,7 @@ def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) 
     """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
     reduced = direction == "backward" and any(v.reduced for v in view.views)
     cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
-    return TALL.fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
+    return TALL[view.dtype].fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
 
 
 def _tile(view: Layout, cut: Cut) -> tuple[int, int]:
