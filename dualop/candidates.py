@@ -24,7 +24,7 @@ SUMMING = {
     "triton": ((32, 32), (128, 32), (256, 4), (256, 8), (256, 32)),
 }
 # (least, most) programs an SM where gradients are summed.
-PROGRAMS = ((0, 64), (2, 8), (4, 16), (4, 64), (8, 32), (8, 64), (16, 64), (32, 128))
+PROGRAMS = ((0, 0), (2, 8), (4, 16), (4, 64), (8, 32), (8, 64), (16, 64), (32, 128))
 
 
 def sums(view: Layout, direction: str) -> bool:

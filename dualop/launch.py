@@ -28,7 +28,7 @@ class Cut:
     `threads` of a program lie `across` side by side along the columns, as far as there are columns, the others along
     the rows; a thread takes `rows` accesses of 16 bytes at once. Registers are held down so that `resident` * 256
     threads fit into an SM (1: as many as the compiler likes). Where gradients are summed, `least` to `most` programs an
-    SM are launched.
+    SM are launched (both 0: as few as there can be, each with all that it can sum).
     """
 
     rows: int
@@ -114,7 +114,7 @@ class Tall:
         for width in (self.bytes, self.bytes // 2):
             enough = self._tiles(layout, width) * multiprocessors <= 16 * ceil_div(row, width)
             if enough and width >= SECTOR:
-                return replace(cut, rows=TALL_ROWS, threads=TALL_THREADS, across=width // 16, least=0)
+                return replace(cut, rows=TALL_ROWS, threads=TALL_THREADS, across=width // 16, least=0, most=0)
         return cut
 
     def _tiles(self, layout: Layout, width: int) -> int:
