@@ -67,10 +67,13 @@ DUALOP_FUN Factored tanh_slope(float y, float rest) {
     return {near ? 1.0f : factor, near ? -square : more, near ? h : far, 0.0f};
 }
 
+// max(z, 0), but NaN at minus infinity, as torch has it of z times 0.
+DUALOP_FUN float upper(float z) { return z < 0.0f ? 0.0f * z : z; }
+
 // z sigmoid(z) = max(z, 0) - a v with a = |z|, v = sigmoid(-a).
 DUALOP_FUN float silu(float z) {
     const float a = min_nan(::fabsf(z), 89.0f), e = exp_below<1>(a);
-    return ::fmaf(-a, quotient(e, e), z < 0.0f ? 0.0f : z);
+    return ::fmaf(-a, quotient(e, e), upper(z));
 }
 
 // The same up to 89, and its slope: 1 + s for z >= 0 and -s for z < 0, with s = a k - v and k = v (1 - v). That is 0 at
@@ -106,7 +109,7 @@ DUALOP_FUN float gelu(float z) {
     p = horner(t, p, 2.66290353e-05f, -0.000101807513f, 0.000368819863f);
     p = horner(t, p, -0.00126653037f, 0.00411022268f, -0.0124968858f);
     p = horner(t, p, 0.0351868756f, -0.0902712867f, 0.20578067f);
-    return ::fmaf(-a, bell(a) * p, z < 0.0f ? 0.0f : z);
+    return ::fmaf(-a, bell(a) * p, upper(z));
 }
 
 // Phi(-a) - a Phi'(-a), gelu's slope at -a; at a it is 1 less that. Again exp(-a^2 / 2) times a polynomial, which has
@@ -136,7 +139,7 @@ DUALOP_FUN float gelu_tanh(float z) {
     const float a = min_nan(::fabsf(z), 10.1f);
     const Cubic i = gelu_cubic(a);
     const float e = exp_below<1>(i.u, i.rest);
-    return ::fmaf(-a, quotient(e, e), z < 0.0f ? 0.0f : z);
+    return ::fmaf(-a, quotient(e, e), upper(z));
 }
 
 // With v = sigmoid(-u) the slope at -a is v n, n = 1 - a u' (1 - v), and 1 less that at a; v is two (1 + p) (1 - v).
@@ -160,7 +163,7 @@ DUALOP_FUN float mish(float z) {
     const bool negative = z < 0.0f;
     const float a = min_nan(::fabsf(z), 89.0f), e = exp_below<1>(a);
     const float low = ::fmaf(0.5f * e, e, e), high = 2.0f * e * e, sum = ::fmaf(2.0f, e, high);
-    return ::fmaf(-a, quotient(negative ? low : high, negative ? low : sum), negative ? 0.0f : z);
+    return ::fmaf(-a, quotient(negative ? low : high, negative ? low : sum), upper(z));
 }
 
 // The slope is e (1 - a + e (3/2 - a + e + e^2 / 4)) / (1 + e + e^2 / 2)^2 for z < 0, around whose zero at -1.1924

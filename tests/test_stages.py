@@ -333,6 +333,16 @@ def check_stage(text: str, dtype: str, backend: str, device: Device = DEVICE) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", ["silu", "gelu", 'gelu(approximate="tanh")', "mish", "silu | tanh"])
+def test_zero_times_minus_infinity(text: str, dtype: str, backend: str) -> None:
+    """No number, as in torch, though the limit is 0."""
+    x = torch.tensor([-math.inf], dtype=DTYPES[dtype])
+    y, _ = computed(dualop.chain(text), backend, x)
+    assert by_torch(dualop.chain(text), torch.float64, x)[0].isnan().all() and y.isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("text", VARIANTS)
 def test_stage_with_other_parameters(text: str, backend: str) -> None:
     op = dualop.chain(text)

@@ -99,10 +99,16 @@ def tanh_slope(y, rest):
 
 
 @triton.jit
+def upper(z):
+    """max(z, 0), but NaN at minus infinity, as torch has it of z times 0"""
+    return tl.where(z < 0, 0.0 * z, z)
+
+
+@triton.jit
 def silu(z):
     a = min_nan(tl.abs(z), number(z, 89.0))
     e = exp_below(a, number(z, -0.0), 1)
-    return platform.fma(-a, quotient(e, e), tl.where(z < 0, 0.0, z))
+    return platform.fma(-a, quotient(e, e), upper(z))
 
 
 @triton.jit
@@ -146,7 +152,7 @@ def gelu(z):
     p = horner(t, p, 2.66290353e-05, -0.000101807513, 0.000368819863)
     p = horner(t, p, -0.00126653037, 0.00411022268, -0.0124968858)
     p = horner(t, p, 0.0351868756, -0.0902712867, 0.20578067)
-    return platform.fma(-a, bell(a) * p, tl.where(z < 0, 0.0, z))
+    return platform.fma(-a, bell(a) * p, upper(z))
 
 
 @triton.jit
@@ -183,7 +189,7 @@ def gelu_tanh(z):
     a = min_nan(tl.abs(z), number(z, 10.1))
     u, rest, _ = gelu_cubic(a)
     e = exp_below(u, rest, 1)
-    return platform.fma(-a, quotient(e, e), tl.where(z < 0, 0.0, z))
+    return platform.fma(-a, quotient(e, e), upper(z))
 
 
 @triton.jit
@@ -211,7 +217,7 @@ def mish(z):
     high = 2.0 * e * e
     sum = platform.fma(e, number(e, 2.0), high)
     v = quotient(tl.where(negative, low, high), tl.where(negative, low, sum))
-    return platform.fma(-a, v, tl.where(negative, 0.0, z))
+    return platform.fma(-a, v, upper(z))
 
 
 @triton.jit
