@@ -98,9 +98,9 @@ def summed(layout: Layout) -> set[int]:
 class Tall:
     """Tall and narrow tiles for a backward where a program can take all rows of its columns.
 
-    Then no partial sums are left to add up, and there is one launch instead of two. That pays where a program has few
-    tiles, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. A row of a tile has
-    `bytes`, or half of that where it takes so many programs, but no less than memory is read by.
+    Then no partial sums are left to add up, and there is one launch instead of two. That pays where a program has a
+    single tile, or few, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. A row
+    of a tile has `bytes`, or half of that where it takes so many programs, but no less than memory is read by.
     """
 
     bytes: int
@@ -112,8 +112,8 @@ class Tall:
         if COLUMN not in kinds or ROW in kinds or self._tiles(layout, self.bytes) > self.tiles:
             return cut
         for width in (self.bytes, self.bytes // 2):
-            enough = self._tiles(layout, width) * multiprocessors <= 16 * ceil_div(row, width)
-            if enough and width >= SECTOR:
+            tiles = self._tiles(layout, width)
+            if width >= SECTOR and (tiles == 1 or tiles * multiprocessors <= 16 * ceil_div(row, width)):
                 return replace(cut, rows=TALL_ROWS, threads=TALL_THREADS, across=width // 16, least=0, most=0)
         return cut
 

@@ -377,8 +377,8 @@ def test_grids_cover_everything(shape: tuple[int, ...], kinds: list[str], tile: 
     ("shape", "dtype", "kinds", "width"),
     [
         ((128, 512), torch.bfloat16, ["column"], 64),
-        ((128, 256), torch.bfloat16, ["column"], 32),  # 64 bytes would leave too few programs
-        ((64, 64), torch.bfloat16, ["column"], 0),  # and here 32
+        ((256, 256), torch.bfloat16, ["column"], 32),  # 64 bytes would leave too few programs
+        ((8, 64), torch.bfloat16, ["column"], 64),  # a single tile is always less than two launches
         ((1024, 8192), torch.float32, ["column"], 64),
         ((1024, 8192), torch.bfloat16, ["column", "full", "scalar"], 64),
         ((2048, 8192), torch.bfloat16, ["column"], 64),
