@@ -152,3 +152,7 @@ def test_the_table_has_a_line_a_capability_and_a_column_a_backend() -> None:
     lines = {line.split("│")[2].strip(): line for line in capture.get().splitlines() if "thing" in line}
     assert lines["first thing"].count("ok") == 1 and "FAILS" in lines["first thing"]
     assert "-" in lines["second thing"] and "refused" in lines["third thing"]
+    page = table.markdown(rows, "dualop capabilities", {"name": "a machine", "torch": "2.13"})
+    assert "    dualop capabilities\n\na machine, torch 2.13, kernels interpreted." in page
+    assert "| one | first thing | ok | FAILS |" in page and "- triton, first thing: no" in page
+    assert "- not tried, no GPU: b" in page

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import dualop
+from dualop.bench.table import device_info
 from dualop.capabilities import CAPABILITIES, run, table
 from dualop.cli import options, output
 from dualop.cli.options import Backends, Json
@@ -17,6 +21,7 @@ def capabilities(
     backend: Backends = "all",
     name: Annotated[str, typer.Option(help="Only these rows, by the names in the JSON, with commas.")] = "",
     json_file: Json = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as Markdown, too.")] = None,
 ) -> None:
     """Try what PyTorch users do with an operator, a row each; exit 1 if a row fails."""
     device = options.device()
@@ -41,5 +46,7 @@ def capabilities(
     for note in table.notes(rows):
         out.print(note, markup=False, highlight=False)
     output.write(json_file, table.as_json(rows, device))
+    page = table.markdown(rows, shlex.join(["dualop", *sys.argv[1:]]), device_info(device))
+    output.write(markdown, page, "--markdown")
     if any(row.ok is False for row in rows):
         raise typer.Exit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,37 @@ def render(rows: Sequence[Row]) -> Table:
     table.add_column("what a user may do", overflow="fold")
     for backend in backends:
         table.add_column(backend, no_wrap=True)
+    before = ""
+    for group, text, cells in _lines(rows, backends):
+        if before and group != before:
+            table.add_section()
+        table.add_row(Text(group if group != before else ""), Text(text), *cells)
+        before = group
+    return table
+
+
+def markdown(rows: Sequence[Row], command: str, machine: dict[str, Any]) -> str:
+    """The page that is kept in the repository, with the command that writes it and what it ran on."""
+    backends = list(dict.fromkeys(row.backend for row in rows))
+    where = ", ".join(f"{key} {machine[key]}" for key in ("torch", "triton", "python") if machine.get(key))
+    interpreted = "" if machine.get("cuda") else ", kernels interpreted"
+    lines = [
+        "# What a PyTorch user may do with a chain", "", f"    {command}", "",
+        f"{machine['name']}, {where}{interpreted}. `-` where that machine cannot tell.", "",
+        "| | | " + " | ".join(backends) + " |", "|---|---|" + "---|" * len(backends),
+    ]  # fmt: skip
+    for group, text, cells in _lines(rows, backends):
+        lines.append(f"| {group} | {text} | ".replace("\n", " ") + " | ".join(cell.plain for cell in cells) + " |")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(rows))]) + "\n"
+
+
+def _lines(rows: Sequence[Row], backends: Sequence[str]) -> Iterator[tuple[str, str, list[Text]]]:
+    """(group, capability, a cell for each backend)."""
     lines: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         lines.setdefault((row.group, row.name), {})[row.backend] = row
-    before = ""
     for (group, _), line in lines.items():
-        if before and group != before:
-            table.add_section()
-        text = next(iter(line.values())).capability
-        table.add_row(Text(group if group != before else ""), Text(text), *[_cell(line.get(b)) for b in backends])
-        before = group
-    return table
+        yield group, next(iter(line.values())).capability, [_cell(line.get(backend)) for backend in backends]
 
 
 def _cell(row: Row | None) -> Text:
