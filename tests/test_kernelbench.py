@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HAS_GPU, INTERPRETED
 from torch import Tensor
 
 import dualop
 from dualop.check import poisoned, spacing
 from dualop.stages import STAGES
 
+pytestmark = [pytest.mark.gpu] if HAS_GPU and not INTERPRETED else []
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What a Linear, a Conv2d and a Conv3d leave behind, small: the columns of the first and the last are whole vectors.
