@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 import dualop
-from dualop.backends import triton
+from dualop.backends import cuda, triton
 from dualop.build import Build
 from dualop.emit import emit
 from dualop.layout import ROW, WRAP, layout
@@ -306,7 +306,9 @@ def launched(backend: str, module: Any, tail: dualop.Chain, inputs: list[Tensor]
         with contextlib.ExitStack() as stack:
             if backend == "cuda":
                 pack = lambda form, *words, seen=seen: seen.append(of_cuda(words, kinds)) or PACK(form, *words)
-                stack.enter_context(mock.patch("struct.pack", pack))
+                packing = SimpleNamespace(pack=pack)  # not in struct itself, which pytest-xdist's threads use, too
+                stack.enter_context(mock.patch.object(cuda, "struct", packing))
+                stack.enter_context(mock.patch.dict(module.tail_forward.__globals__, struct=packing))
             else:
                 triton._launch.cache_clear()  # a launch keeps its kernel
                 stack.callback(triton._launch.cache_clear)
