@@ -203,9 +203,7 @@ struct tanh {
         if constexpr (math::lean<bits>) return math::tanh_far<bits>(z);
         else return math::tanh<bits>(z);
     }
-    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        return gy * math::sech2<bits>(z);
-    }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy * math::sech2<bits>(z); }
 };
 
 // tanh where nothing behind it can enlarge its error; chosen by dualop/ranges.py.

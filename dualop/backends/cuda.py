@@ -158,7 +158,7 @@ class Plan:
         if known is None:
             width = self.wide if vector else 1
             cut = self.cuts[backward]
-            across = cut.across if vector else max(cut.across, 32)
+            across = cut.across if vector else max(cut.across, 32)  # tall tiles are narrow in accesses of 16 bytes only
             x = min(across, power_of_two(-(-self.view.cols // width)))
             y = cut.threads // x
             tile = (y * cut.rows, x * width)
