@@ -72,8 +72,9 @@ def pays(rows: int, out_features: int, in_features: int, training: bool) -> bool
     """Whether the fused kernel beats cuBLAS and a kernel behind it.
 
     Measured on an H100, default chain, bfloat16, against the better of both backends (bench/NOTES.md): in inference by
-    1.05 to 1.3 with up to 1024 in_features, and not with 2048 or more, where the product is all that counts and
-    cuBLAS's is faster. A training step gains nothing: its backward is the same, its product is written all the same.
+    1.05 to 1.3 with up to 1024 in_features; with 2048 it is a draw (0.98 and 1.04), and beyond, the product is all that
+    counts and cuBLAS's is faster. A training step gains nothing: its backward is the same, its product is written all
+    the same.
     """
     return not training and in_features <= 1024 and rows * out_features >= 2**23
 
