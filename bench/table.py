@@ -46,8 +46,8 @@ def how(device: torch.device) -> str:
     if device.type == "cuda":
         return (
             "Device time by CUDA-graph replay, the median; ± is half the width from the 10th to the 90th percentile. "
-            "copy is the fastest of several device copies that read and write the same bytes; empty launch a kernel of "
-            "one thread that does nothing."
+            "copy is the faster of torch's copy and a kernel of torch's that moves the same bytes; empty launch is a "
+            "kernel of one thread that does nothing."
         )
     slow = " and ".join(name for name, backend in BACKENDS.items() if backend.interpreted)
     kernels = f" The kernels of {slow} are interpreted: their times say nothing about a GPU." if slow else ""
