@@ -141,16 +141,23 @@ template <int bytes> DUALOP_FUN void store_raw(void* to, Bytes<bytes> value) {
 
 // ---- launching ------------------------------------------------------------------------------------------------------
 
-// Queues the kernel on a cudaStream_t given as void*. A bad configuration shows in last_error() only.
-template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... args) {
-    kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
+// Every kernel begins with it, and every block says when it is about to end.
+DUALOP_FUN void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DUALOP_FUN void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
-// The same for a kernel that begins with wait_for_kernel_before(): from compute capability 9.0 on it is launched while
-// the one before it on the stream still runs, once all blocks of that one have called let_next_kernel_begin().
+// Queues a kernel on a cudaStream_t given as void*. From compute capability 9.0 on (programmatic dependent launch) its
+// blocks are launched once all blocks of the kernel before have called let_next_kernel_begin(), or ended. A bad
+// configuration shows in last_error() only.
 template <class... P, class... A>
-void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... args) {
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... args) {
     int device = 0, major = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -161,17 +168,6 @@ void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A..
     config.gridDim = grid, config.blockDim = block, config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &early, config.numAttrs = major >= 9;
     cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
-}
-
-DUALOP_FUN void let_next_kernel_begin() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-DUALOP_FUN void wait_for_kernel_before() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 // 0, or the cudaError_t of the calling thread's last failure, which it clears.

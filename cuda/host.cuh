@@ -143,12 +143,8 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, void*, A... args) {
     host::run(grid, block, [](void* it) { (*static_cast<decltype(thread)*>(it))(); }, &thread);
 }
 
-template <class... P, class... A>
-void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... args) {
-    launch(kernel, grid, block, stream, args...);
-}
-DUALOP_FUN void let_next_kernel_begin() {}
 DUALOP_FUN void wait_for_kernel_before() {}
+DUALOP_FUN void let_next_kernel_begin() {}
 
 // 0, or 9 after a launch with a grid or block that CUDA would refuse; clears it.
 inline int last_error() {

@@ -49,10 +49,12 @@ template <class P, int vec>
 __global__ void __launch_bounds__(THREADS, P::Forward::blocks) forward_kernel(const Arguments<P::inputs> a) {
     using R = typename P::R;
     constexpr int rows = P::Forward::rows;
+    wait_for_kernel_before();
     const Walk<P::inputs, vec, rows> walk(a);
     const Place<vec, rows> at = walk.tile(0);
     typename P::template Fragments<vec, typename P::Forward> in;
     in.load(a.in, at, true);
+    let_next_kernel_begin();
 #pragma unroll
     for (int u = 0; u < rows; u++) {
         if (!at.ok[u]) continue;
@@ -75,7 +77,7 @@ template <class P, int vec>
 __global__ void __launch_bounds__(THREADS, P::Backward::blocks) backward_kernel(const Arguments<P::inputs> a) {
     using R = typename P::R;
     constexpr int rows = P::Backward::rows;
-    let_next_kernel_begin();
+    wait_for_kernel_before();
     const Walk<P::inputs, vec, rows> walk(a);
     typename P::template Gradients<vec, typename P::Backward> gradients;
     typename P::template Fragments<vec, typename P::Backward> in;
@@ -106,10 +108,11 @@ __global__ void __launch_bounds__(THREADS, P::Backward::blocks) backward_kernel(
             gradients.add(a.in, at, u, walk.cols, g);
         }
     }
+    let_next_kernel_begin();
     gradients.finish(a.in, walk.tile(0), walk.cols);
 }
 
-constexpr int SUM_THREADS = 1024;  // a term or few for each: it is their latency that counts
+constexpr int SUM_THREADS = 1024, TERMS = 8;  // at most, and for each of them: read at once, since latency counts
 
 // sum[k, n] = the partial sums [outer, k, inner, n] over outer and inner, in float64 and in a fixed order: a thread for
 // each output along x and every blockDim.y-th term along y.
@@ -123,12 +126,13 @@ template <class R, class T, int kind> DUALOP_FUN void sum_partials(const View& v
     if (out < outputs) {
         const index_t k = kind == COLUMN ? 0 : out / columns, n = out - k * columns;
         const index_t terms = static_cast<index_t>(view.outer) * inner, by = static_cast<index_t>(blockDim.y);
-#pragma unroll 8
+#pragma unroll TERMS
         for (index_t term = static_cast<index_t>(threadIdx.y); term < terms; term += by) {
             const index_t o = kind == COLUMN ? term : term / inner, i = term - o * inner;
             sum += partial[kind == COLUMN ? term * columns + n : ((o * kept + k) * inner + i) * columns + n];
         }
     }
+    let_next_kernel_begin();
     const int me = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x), wide = static_cast<int>(blockDim.x);
     buffer[me] = sum;
     for (int half = static_cast<int>(blockDim.y) / 2; half > 0; half /= 2) {
@@ -166,12 +170,13 @@ template <class P> __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(con
     SumsOf<P>::type::run(a.in, static_cast<int>(blockIdx.y));
 }
 
-// Launches it for up to `outputs` outputs an input: as many threads side by side as there are, at most a warp.
-template <class P> int sum(word outputs, void* stream, const Arguments<P::inputs>& arguments) {
-    unsigned x = 1;
+// Launches it for up to `outputs` outputs an input with up to `terms` terms each: as many threads side by side as there
+// are outputs, at most a warp.
+template <class P> int sum(word outputs, word terms, void* stream, const Arguments<P::inputs>& arguments) {
+    unsigned x = 1, y = 1;
     while (x < 32 && x < outputs) x *= 2;
-    const dim3 grid(static_cast<unsigned>((outputs + x - 1) / x), P::inputs);
-    launch_early(sum_kernel<P>, grid, dim3(x, SUM_THREADS / x), stream, arguments);
+    while (y < SUM_THREADS / x && y * TERMS < terms) y *= 2;
+    launch(sum_kernel<P>, dim3(static_cast<unsigned>((outputs + x - 1) / x), P::inputs), dim3(x, y), stream, arguments);
     return last_error();
 }
 

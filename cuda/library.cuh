@@ -2,6 +2,8 @@
 #pragma once
 #include "kernels.cuh"
 
+#include <algorithm>
+
 namespace dualop {
 
 template <class P> struct Launch {
@@ -25,12 +27,13 @@ template <class P> struct Launch {
         if (vector) launch(backward_kernel<P, P::wide>, grid(), block(), stream, arguments);
         else launch(backward_kernel<P, 1>, grid(), block(), stream, arguments);
         if (int error = last_error()) return error;
-        word outputs = 0;
+        word outputs = 0, terms = 0;
         for (const View& view : arguments.in) {
-            const word needed = view.sum ? view.kept * view.columns : 0;
-            outputs = needed > outputs ? needed : outputs;
+            if (!view.sum) continue;
+            outputs = std::max(outputs, view.kept * view.columns);
+            terms = std::max(terms, view.outer * view.inner);
         }
-        return outputs ? sum<P>(outputs, stream, arguments) : 0;
+        return outputs ? sum<P>(outputs, terms, stream, arguments) : 0;
     }
 };
 

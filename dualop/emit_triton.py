@@ -41,9 +41,15 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def options(threads, resident=1):
+def is_early(device):
+    """From compute capability 9.0 on a kernel is launched while the one before it still runs."""
+    return torch.cuda.get_device_properties(device).major >= 9
+
+
+def options(device, threads, resident=1):
     limit = {"maxnreg": 65536 // (256 * resident)} if resident > 1 else {}
-    return {"num_warps": threads // 32, "enable_fp_fusion": True, **limit}
+    early = {"launch_pdl": True} if is_early(device) else {}
+    return {"num_warps": threads // 32, "enable_fp_fusion": True, **limit, **early}
 
 
 def launch(kernel, layout, grid, cut, pointers, inputs, **constants):
@@ -52,24 +58,24 @@ def launch(kernel, layout, grid, cut, pointers, inputs, **constants):
         views += (tensor, view.div, view.mod, view.row_stride, 0)
     shape = (layout.rows, layout.cols, layout.total)
     walk = (grid.steps, grid.row_step, grid.col_step)
-    with torch.cuda.device(inputs[0].device):
+    device = inputs[0].device
+    with torch.cuda.device(device):
         kernel[grid.axes](
             *pointers, *views, *shape, *walk, **constants,
-            MASK=mask(layout, grid), NARROW=@NARROW@, BLOCK_ROWS=grid.tile_rows, BLOCK_COLS=grid.tile_cols,
-            **options(cut.threads, cut.resident),
+            MASK=mask(layout, grid), NARROW=@NARROW@, EARLY=is_early(device),
+            BLOCK_ROWS=grid.tile_rows, BLOCK_COLS=grid.tile_cols, **options(device, cut.threads, cut.resident),
         )
 
 
-def launch_sum(partial, out, shape, early):
+def launch_sum(partial, out, shape):
     """Adds up the programs' partial sums, [outer, kept, inner, columns], over outer and inner."""
     outer, kept, inner, columns = shape
     block_out = min(power_of_two(kept * columns), 32)
     sizes = {"BLOCK_TERMS": min(power_of_two(outer * inner), 1024 // block_out), "BLOCK_OUT": block_out}
-    constants = {"COLUMNS": kept == inner == 1, "EARLY": early, **sizes}
-    more = {"launch_pdl": True} if early else {}
+    constants = {"COLUMNS": kept == inner == 1, "EARLY": is_early(out.device), **sizes}
     with torch.cuda.device(out.device):
         sum_kernel[(ceil_div(kept * columns, block_out),)](
-            partial, out, outer, kept, inner, columns, **constants, **options(128), **more
+            partial, out, outer, kept, inner, columns, **constants, **options(out.device, 128)
         )
 
 
@@ -89,8 +95,6 @@ def tail_backward(gy, inputs, needs):
     cut = (BACKWARD if any(view.reduced for view in layout.views) else FORWARD)[z.dtype]
     cut = TALL[layout.dtype].fitted(cut, layout, multiprocessors(z.device))
     grid = backward_grid(layout, *tile(layout, cut), multiprocessors(z.device), cut)
-    # From compute capability 9.0 on, the sums' kernel is launched while the other one still runs.
-    early = torch.cuda.get_device_properties(z.device).major >= 9
     gradients = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs)]
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     shapes = [view.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs) for view in layout.views]
@@ -103,11 +107,11 @@ def tail_backward(gy, inputs, needs):
     ]
     wanted = sum(1 << i for i, need in enumerate(needs) if need)
     bits = max(BITS[z.dtype], BITS[torch.float16])  # a bfloat16 gradient takes float16's functions
-    constants = {"NEEDS": wanted, "EARLY": early, "STAGES": @STAGES@, "BITS": bits}
+    constants = {"NEEDS": wanted, "STAGES": @STAGES@, "BITS": bits}
     launch(backward_kernel, layout, grid, cut, [gy, *written], inputs, **constants)
     for parts, partial, gradient, shape in zip(parted, written, gradients, shapes):
         if gradient is not None and parts:
-            launch_sum(partial, gradient, shape, early)
+            launch_sum(partial, gradient, shape)
     return gradients
 '''
 

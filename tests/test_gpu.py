@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import test_stages
@@ -189,6 +189,49 @@ def test_a_cuda_graph(backend: str) -> None:
         graph.replay()
         for got, right in zip(results, expected(x, bias, gy), strict=True):
             close(got, right)
+
+
+def in_sequence(x: Tensor, bias: Tensor, backend: str, between: Callable[[], object] = lambda: None) -> list[Tensor]:
+    """Kernels that each read what others have just written: ours, torch's, copies, and one of another stream."""
+    y, side, results = x, torch.cuda.Stream(), []
+    for _ in range(6):
+        y = OP(y, bias, backend=backend)
+        between()
+        other = OP(y + 1, bias, backend=backend)
+        between()
+        gx, gb = torch.ops.dualop.backward(other.clone(), y, [bias], OP.text, backend, [True, True])
+        between()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            far = OP(gx, gb, backend=backend)
+        between()
+        y = OP(torch.empty_like(y).zero_(), gb, backend=backend)
+        between()
+        torch.cuda.current_stream().wait_stream(side)
+        y = OP(y - far, bias, backend=backend) * 3 - 1
+        between()
+        results += [y, gx, gb, far]
+    return results
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("shape", [(8, 64), (700, 4100), (2048, 8192)], ids=str)
+def test_a_kernel_waits_for_the_one_before(shape: tuple[int, int], backend: str) -> None:
+    """Its blocks may begin before that has ended; what they read must not show it, not in a graph either."""
+    x, bias, _ = (t.detach() for t in features(torch.bfloat16, *shape))
+    right = in_sequence(x, bias, backend, torch.cuda.synchronize)
+    same = lambda results: [torch.equal(a, b) for a, b in zip(results, right, strict=True)]
+    assert all(r.isfinite().all() for r in right)
+    for _ in range(5):
+        assert all(same(in_sequence(x, bias, backend)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = in_sequence(x, bias, backend)
+    for _ in range(5):
+        for result in results:
+            result.fill_(torch.nan)
+        graph.replay()
+        assert all(same(results))
 
 
 @pytest.fixture

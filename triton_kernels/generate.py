@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from {package} import stages
-from {package}.platform import count, let_next_kernel_begin, number
+from {package}.platform import count, let_next_kernel_begin, number, wait_for_kernel_before
 from {package}.tile import add, inside, place, programs, read, write, write_sum, zeros
 '''
 
@@ -96,8 +96,9 @@ def _kernels(kinds: Sequence[int]) -> tuple[str, str]:
     # Plain numbers that Triton sees to be multiples of 16, so that it moves 16 bytes at once.
     shape = "rows, cols, total, steps, row_step, col_step"
     tile_shape = "BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr"
-    options = f"MASK: tl.constexpr, NARROW: tl.constexpr, {tile_shape}, BITS: tl.constexpr"
+    options = f"MASK: tl.constexpr, NARROW: tl.constexpr, EARLY: tl.constexpr, {tile_shape}, BITS: tl.constexpr"
     start = [
+        "wait_for_kernel_before(EARLY)",
         "row_program, col_program = programs(NARROW)",
         "first_row = row_program * BLOCK_ROWS",
         "first_column = col_program * BLOCK_COLS",
@@ -123,25 +124,26 @@ def _kernels(kinds: Sequence[int]) -> tuple[str, str]:
     if finish:
         finish.insert(0, "row, column = place(first_row, first_column, BLOCK_ROWS, BLOCK_COLS)")
     outs = ", ".join(f"g{i}" for i in count)
-    more = "NEEDS: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr"
+    more = "NEEDS: tl.constexpr, STAGES: tl.constexpr"
     forward = [
         "@triton.jit",
         f"def forward_kernel(y, {views}, {shape}, {options}):",
         *(f"    {line}" for line in start),
         "    for step in range(count(steps)):",
         *(f"        {line}" for line in tile),
+        "        let_next_kernel_begin(EARLY)",
         f"        write(y, row * cols + column, chain_forward({inputs}, BITS), mask)",
     ]
     backward = [
         "@triton.jit",
         f"def backward_kernel(gy, {outs}, {views}, {shape}, {more}, {options}):",
-        "    let_next_kernel_begin(EARLY)",
         *(f"    {line}" for line in (*start, *sums)),
         "    for step in tl.range(0, count(steps), num_stages=STAGES):",
         *(f"        {line}" for line in tile),
         "        gradient = read(gy, 1, 1, cols, 0, row, column, rows, cols, mask, 3, BITS)",
         f"        {gradients} = chain_backward({inputs}, gradient, BITS)",
         *(f"        {line}" for line in gather),
+        "    let_next_kernel_begin(EARLY)",
         *(f"    {line}" for line in finish),
     ]
     return "\n".join(forward), "\n".join(backward)

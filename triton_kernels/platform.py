@@ -48,10 +48,10 @@ if INTERPRETED:
         values = np.copysign(a.handle.data, b.handle.data)
         return tl.core.tensor(TensorHandle(values, a.handle.dtype), a.type)
 
-    def let_next_kernel_begin(EARLY):
+    def wait_for_kernel_before(EARLY):
         pass
 
-    def wait_for_kernel_before(EARLY):
+    def let_next_kernel_begin(EARLY):
         pass
 
     def count(n):
@@ -99,16 +99,16 @@ else:
         """a - b, where b may be a product: a compiler that made one fma of both would take b before it was rounded."""
         return tl.inline_asm_elementwise("sub.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
 
-    # As in cuda/device.cuh: the sum kernel is launched while the backward kernel still runs.
-    @triton.jit
-    def let_next_kernel_begin(EARLY: tl.constexpr):
-        if EARLY:
-            gdc_launch_dependents()
-
+    # As in cuda/device.cuh, in kernels that are launched with `launch_pdl` if EARLY.
     @triton.jit
     def wait_for_kernel_before(EARLY: tl.constexpr):
         if EARLY:
             gdc_wait()
+
+    @triton.jit
+    def let_next_kernel_begin(EARLY: tl.constexpr):
+        if EARLY:
+            gdc_launch_dependents()
 
     @triton.jit
     def count(n):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .platform import count, round_to, wait_for_kernel_before
+from .platform import count, let_next_kernel_begin, round_to, wait_for_kernel_before
 
 COLUMN = tl.constexpr(1)
 ROW = tl.constexpr(2)
@@ -140,6 +140,7 @@ def sum_kernel(
             offset = (((t // inner) * kept + k) * inner + t % inner) * columns + output - k * columns
         mask = (t < outer * inner) & (output < kept * columns)
         sums += tl.load(partial + offset, mask, other=0.0).to(tl.float64)
+    let_next_kernel_begin(EARLY)
     total = tl.sum(sums, axis=0, keep_dims=True)
     if out.dtype.element_ty == tl.float64:
         tl.store(out + output, total, output < kept * columns)

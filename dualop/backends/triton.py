@@ -149,7 +149,7 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
     else:
         kernel, grid = module.backward_kernel, backward_grid(view, *_tile(view, cut), multiprocessors(device), cut)
         mask = sum(1 << i for i, need in enumerate(needs) if need)
-        own = {"NEEDS": mask, "EARLY": _early(device), "STAGES": STAGES, "BITS": view.gradient_bits}
+        own = {"NEEDS": mask, "STAGES": STAGES, "BITS": view.gradient_bits}
     numbers = {
         "rows": view.rows,
         "cols": view.cols,
@@ -159,10 +159,11 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
         "col_step": grid.col_step,
         "MASK": _mask(view, grid),
         "NARROW": view.narrow,
+        "EARLY": _early(device),
         "BLOCK_ROWS": grid.tile_rows,
         "BLOCK_COLS": grid.tile_cols,
         **own,
-        **_options(cut.threads, cut.resident),
+        **_options(cut.threads, cut.resident, _early(device)),
     }
     return Launch(kernel[grid.axes], grid, walks, numbers, device)
 
@@ -203,26 +204,27 @@ def _sum(partial: Tensor, out: Tensor, shape: tuple[int, int, int, int], device:
     outer, kept, inner, columns = shape
     block_out = min(power_of_two(kept * columns), 32)
     block_terms = min(power_of_two(outer * inner), 1024 // block_out)
+    blocks = {"BLOCK_TERMS": block_terms, "BLOCK_OUT": block_out}
     early = _early(device)
-    options = {**_options(128), "launch_pdl": True} if early else _options(128)
-    sizes = {"COLUMNS": kept == inner == 1, "EARLY": early, "BLOCK_TERMS": block_terms, "BLOCK_OUT": block_out}
+    sizes = {"COLUMNS": kept == inner == 1, "EARLY": early, **blocks}
     with _on(device):
         arguments, grid = (partial, out, outer, kept, inner, columns), (-(-kept * columns // block_out),)
-        compiled = sum_kernel[grid](*arguments, **sizes, **options)
+        compiled = sum_kernel[grid](*arguments, **sizes, **_options(128, early=early))
     launched(compiled, grid, arguments, sizes)
 
 
 @lru_cache(maxsize=64)
 def _early(device: torch.device) -> bool:
-    """Whether the GPU launches the sum kernel while the backward kernel still runs."""
+    """Whether the GPU launches a kernel while the one before still runs, as in_turn in cuda/device.cuh allows it."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _options(threads: int, resident: int = 1) -> dict[str, Any]:
+def _options(threads: int, resident: int = 1, early: bool = False) -> dict[str, Any]:
     if INTERPRET:
         return {}
     limit = {"maxnreg": 65536 // (256 * resident)} if resident > 1 else {}
-    return {"num_warps": threads // 32, **limit, **OPTIONS}
+    dependent = {"launch_pdl": True} if early else {}
+    return {"num_warps": threads // 32, **limit, **dependent, **OPTIONS}
 
 
 def _on(device: torch.device) -> Any:
