@@ -167,10 +167,12 @@ def copied(*objects: Any) -> str:
     """
     text = "\n\n\n".join(inspect.getsource(one).strip("\n") for one in objects)
     text = re.sub(r"@dataclass\(frozen=True\)\nclass (\w+):", r"class \1(NamedTuple):", text)
-    text = re.sub(r"\b_(launchable|tile|mask)\b", r"\1", text)
+    text = re.sub(r"\b_(launchable|tile|mask|stages)\b", r"\1", text)
     text = re.sub(r"\breplace\((\w+), ", r"\1._replace(", text)
     return re.sub(
-        r"\b(MOST_PROGRAMS|TILES|TALL_THREADS|TALL_ROWS|SECTOR)\b", lambda match: str(getattr(launch, match[1])), text
+        r"\b(MOST_PROGRAMS|TILES|TALL_THREADS|TALL_ROWS|SECTOR|WIDEST|FILLED)\b",
+        lambda match: str(getattr(launch, match[1])),
+        text,
     )
 
 

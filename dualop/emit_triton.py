@@ -31,6 +31,7 @@ import triton.language as tl
 
 # ---- the kernels launched --------------------------------------------------------------------------------------------
 
+STAGES, RESERVED = @STAGES@, @RESERVED@  # tiles under way at once, and bytes of shared memory that are not theirs
 BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # significant ones of a result
 
 
@@ -107,7 +108,8 @@ def tail_backward(gy, inputs, needs):
     ]
     wanted = sum(1 << i for i, need in enumerate(needs) if need)
     bits = max(BITS[z.dtype], BITS[torch.float16])  # a bfloat16 gradient takes float16's functions
-    constants = {"NEEDS": wanted, "STAGES": @STAGES@, "BITS": bits}
+    shared = torch.cuda.get_device_properties(z.device).shared_memory_per_block_optin - RESERVED
+    constants = {"NEEDS": wanted, "STAGES": stages(layout, grid, shared), "BITS": bits}
     launch(backward_kernel, layout, grid, cut, [gy, *written], inputs, **constants)
     for parts, partial, gradient, shape in zip(parted, written, gradients, shapes):
         if gradient is not None and parts:
@@ -148,8 +150,9 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
         "@SOURCE@": source,
         "@IMPORTS@": "".join(f"{line}\n" for line in library.imports(source)),
         "@LAUNCH@": emit_launch.emitted(plan, triton.FORWARD, triton.BACKWARD, triton.TALL),
-        "@COPIED@": re.sub(r"\bview\b", "layout", emit_launch.copied(triton._tile, triton._mask)),
+        "@COPIED@": re.sub(r"\bview\b", "layout", emit_launch.copied(triton._tile, triton._mask, triton._stages)),
         "@STAGES@": str(triton.STAGES),
+        "@RESERVED@": str(triton.RESERVED),
         "@NARROW@": str(plan.view.narrow),
     }
     text = _PYTHON

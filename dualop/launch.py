@@ -41,7 +41,8 @@ class Cut:
 
 TILES = 8  # of a program in backward
 TALL_THREADS, TALL_ROWS = 256, 2
-SECTOR = 32  # bytes that memory is read by
+SECTOR, WIDEST = 32, 256  # bytes: what memory is read by, and the most that a tall tile is wide
+FILLED = 0.9  # the share of multiprocessors that must have a program where each has one at most
 MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 
@@ -101,20 +102,29 @@ class Tall:
     Then no partial sums are left to add up, and there is one launch instead of two. That pays where a program has a
     single tile, or few, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. A row
     of a tile has `bytes`, or half of that where it takes so many programs, but no less than memory is read by.
+
+    With more tiles it pays where loads are pipelined and there is a width at which nearly every multiprocessor has one
+    program. A thread of these takes `rows` (0: there are none) accesses at once.
     """
 
     bytes: int
     tiles: int
+    rows: int = 0
 
     def fitted(self, cut: Cut, layout: Layout, multiprocessors: int) -> Cut:
         """`cut`, or its tall form where that pays."""
         kinds, row = summed(layout), layout.cols * layout.dtype.itemsize
-        if COLUMN not in kinds or ROW in kinds or self._tiles(layout, self.bytes) > self.tiles:
+        if COLUMN not in kinds or ROW in kinds:
             return cut
-        for width in (self.bytes, self.bytes // 2):
-            tiles = self._tiles(layout, width)
-            if width >= SECTOR and (tiles == 1 or tiles * multiprocessors <= 16 * ceil_div(row, width)):
-                return replace(cut, rows=TALL_ROWS, threads=TALL_THREADS, across=width // 16, least=0, most=0)
+        tall = replace(cut, rows=TALL_ROWS, threads=TALL_THREADS, least=0, most=0)
+        if self._tiles(layout, self.bytes) <= self.tiles:
+            for width in (self.bytes, self.bytes // 2):
+                tiles = self._tiles(layout, width)
+                if width >= SECTOR and (tiles == 1 or tiles * multiprocessors <= 16 * ceil_div(row, width)):
+                    return replace(tall, across=width // 16)
+        width = max(SECTOR, power_of_two(ceil_div(row, multiprocessors)))
+        if self.rows and width <= WIDEST and ceil_div(row, width) >= FILLED * multiprocessors:
+            return replace(tall, rows=self.rows, across=width // 16)
         return cut
 
     def _tiles(self, layout: Layout, width: int) -> int:

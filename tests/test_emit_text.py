@@ -143,7 +143,8 @@ spec = importlib.util.spec_from_file_location("model", sys.argv[1])
 model = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(model)
 torch.cuda.device = lambda device: contextlib.nullcontext()
-torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=132, major=9)
+torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(**PROPERTIES)
+PROPERTIES = {"multi_processor_count": 132, "major": 9, "shared_memory_per_block_optin": 227 << 10}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 class Launch:

@@ -24,7 +24,12 @@ LARGER = [
     default("many rows and columns", d(4099, 4097), d(4097)),
     default("many channels", d(64, 300, 14, 14), d(300, 1, 1)),
     default("many elements, bfloat16", d(5000, 8192), d(8192), dtypes=(torch.bfloat16,)),
-]
+    # A program for each multiprocessor, and tiles of more tensors than its shared memory holds three times.
+    default("tall tiles, bfloat16", d(3001, 8192), d(8192), dtypes=(torch.bfloat16,)),
+    default("tall tiles, float32", d(2500, 4096), d(4096)),
+    Case("many full operands", "add(a) | " + " | ".join(f"add(b{i})" for i in range(7)), d(4100, 4096),
+         (d(4096), *[d(4100, 4096)] * 7)),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 
 import pytest
@@ -406,6 +407,33 @@ def test_tall_tiles_leave_no_partial_sums(
         covered(view, grid)
         assert grid.row_programs == 1 and grid.steps <= 16 and grid.tile_cols * dtype.itemsize == width
         assert view.partial(1, grid.row_programs, grid.col_programs, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "width"),
+    [
+        ((16384, 8192), torch.bfloat16, 128),
+        ((16384, 8192), torch.float32, 256),
+        ((4096, 4096), torch.bfloat16, 64),
+        ((300, 1000), torch.float32, 32),
+        ((4096, 5120), torch.bfloat16, 0),  # 80 programs for 132 multiprocessors
+        ((4096, 16384), torch.float32, 0),  # wider than has been tried
+        ((65536, 256), torch.bfloat16, 0),
+    ],
+    ids=str,
+)
+def test_tall_tiles_give_each_multiprocessor_a_program(shape: tuple[int, ...], dtype: torch.dtype, width: int) -> None:
+    view = layout(meta(*shape, dtype=dtype), [meta(shape[-1], dtype=dtype)])
+    cut, many = Cut(rows=2, threads=128, across=32, resident=1), Tall(bytes=64, tiles=1)
+    assert many.fitted(cut, view, 132) is cut
+    found = replace(many, rows=4).fitted(cut, view, 132)
+    assert (found is not cut) == bool(width)
+    if width:
+        wide = 16 // dtype.itemsize
+        grid = backward_grid(view, found.rows * found.threads // found.across, found.across * wide, 132, found)
+        covered(view, grid)
+        assert found.rows == 4 and grid.tile_cols * dtype.itemsize == width
+        assert grid.row_programs == 1 and 119 <= grid.col_programs <= 132
 
 
 def test_partial_sums_are_few() -> None:

@@ -14,7 +14,7 @@ from dualop import candidates, tuned
 from dualop.backends import cuda, triton
 from dualop.bench import tuning
 from dualop.bench.workloads import BACKWARD, FORWARD, Workload
-from dualop.launch import Cut, power_of_two
+from dualop.launch import Cut, backward_grid, power_of_two
 from dualop.layout import DTYPES, layout
 from dualop.registry import BACKENDS
 
@@ -178,6 +178,20 @@ def test_candidates(backend, direction, dtype, shape):
     near = candidates.near(view, direction, present)
     assert bool(near) == candidates.sums(view, direction)
     assert all(replace(cut, least=present.least, most=present.most) == present for cut in near)
+
+
+@pytest.mark.parametrize("count", range(9))
+@pytest.mark.parametrize("shared", [40 << 10, 91 << 10, 219 << 10])
+def test_tiles_under_way_fit_into_shared_memory(count, shared):
+    x = torch.empty(4096, 4096, device="meta")
+    view = layout(x, [torch.empty(4096, device="meta"), *[x] * count])
+    cut = triton.TALL[view.dtype].fitted(triton.BACKWARD[view.dtype], view, 132)
+    grid = backward_grid(view, *triton._tile(view, cut), 132, cut)
+    each = (2 + count) * grid.tile_rows * grid.tile_cols * 4  # x, the operands and gy
+    stages = triton._stages(view, grid, shared)
+    assert 1 <= stages <= triton.STAGES and (stages - 1) * each <= shared
+    assert stages == triton.STAGES or stages * each > shared
+    assert grid.row_programs == 1 and (count, stages) != (0, 1)
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------

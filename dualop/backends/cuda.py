@@ -29,9 +29,10 @@ from dualop.sources import cuda_header
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
 # Searched for on an H100 with the default chain (bench/NOTES.md). Forward hides the wait for memory by many threads
-# with one access each; in backward, large blocks leave few partial sums, 32 threads side by side read whole rows.
+# with few accesses each; in backward, large blocks leave few partial sums, 32 threads side by side read whole rows.
 FORWARD = {
     **dict.fromkeys(DTYPES, Cut(rows=1, threads=128, across=128, resident=8)),
+    torch.float32: Cut(rows=2, threads=128, across=128, resident=6),
     torch.float64: Cut(rows=1, threads=128, across=128, resident=1),
 }
 BACKWARD = {

@@ -33,11 +33,17 @@ FORWARD = {
 }
 BACKWARD = dict.fromkeys(DTYPES, Cut(rows=4, threads=128, across=32, resident=1, least=4))
 # More tiles than in CUDA, since loads are pipelined.
-TALL = {**dict.fromkeys(DTYPES, Tall(bytes=64, tiles=8)), torch.float32: Tall(bytes=128, tiles=16)}
+TALL = {
+    **dict.fromkeys(DTYPES, Tall(bytes=64, tiles=8, rows=4)),
+    torch.float32: Tall(bytes=128, tiles=16, rows=4),
+    torch.float64: Tall(bytes=64, tiles=8),
+}
 # A slope has three values a stage and element on its way up: at most 8 elements a thread, or long ones spill.
 SLOPE = {t: Cut(rows=1 if t.itemsize == 2 else 2, threads=128, across=128, resident=1) for t in DTYPES}
-# Tiles of a program that are under way at once. The assembler would move loads into registers down to their first use.
+# Tiles of a program that are under way at once, all but one in shared memory. The assembler would move loads into
+# registers down to their first use.
 STAGES = 3
+RESERVED = 8 << 10  # bytes of a program's shared memory, for sums of its threads
 # Fused multiply-add is what nvcc does too; a coming Triton changes the default, so it is said.
 OPTIONS = {} if INTERPRET else {"enable_fp_fusion": True}
 
@@ -149,7 +155,7 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
     else:
         kernel, grid = module.backward_kernel, backward_grid(view, *_tile(view, cut), multiprocessors(device), cut)
         mask = sum(1 << i for i, need in enumerate(needs) if need)
-        own = {"NEEDS": mask, "STAGES": STAGES, "BITS": view.gradient_bits}
+        own = {"NEEDS": mask, "STAGES": _stages(view, grid, _shared(device)), "BITS": view.gradient_bits}
     numbers = {
         "rows": view.rows,
         "cols": view.cols,
@@ -211,6 +217,22 @@ def _sum(partial: Tensor, out: Tensor, shape: tuple[int, int, int, int], device:
         arguments, grid = (partial, out, outer, kept, inner, columns), (-(-kept * columns // block_out),)
         compiled = sum_kernel[grid](*arguments, **sizes, **_options(128, early=early))
     launched(compiled, grid, arguments, sizes)
+
+
+def _stages(view: Layout, grid: Grid, shared: int) -> int:
+    """STAGES, or fewer where what varies along rows and columns would take more than `shared` bytes of memory."""
+    whole = 1 + sum(v.kind & FULL == FULL for v in view.views)
+    tile = grid.tile_rows * grid.tile_cols * view.dtype.itemsize
+    return min(STAGES, 1 + shared // (whole * tile))
+
+
+@lru_cache(maxsize=64)
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have for tiles; on the CPU enough."""
+    if device.type != "cuda":
+        return 1 << 20
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block) - RESERVED
 
 
 @lru_cache(maxsize=64)
