@@ -47,7 +47,8 @@ def how(device: torch.device) -> str:
         return (
             "Device time by CUDA-graph replay, the median; ± is half the width from the 10th to the 90th percentile. "
             "copy is the faster of torch's copy and a kernel of torch's that moves the same bytes; empty launch is a "
-            "kernel of one thread that does nothing."
+            "kernel of one thread that does nothing. Calls follow each other at once; from compute capability 9.0 on, "
+            "dualop's kernels are launched while the one before ends, which torch's are not."
         )
     slow = " and ".join(name for name, backend in BACKENDS.items() if backend.interpreted)
     kernels = f" The kernels of {slow} are interpreted: their times say nothing about a GPU." if slow else ""

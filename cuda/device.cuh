@@ -141,7 +141,7 @@ template <int bytes> DUALOP_FUN void store_raw(void* to, Bytes<bytes> value) {
 
 // ---- launching ------------------------------------------------------------------------------------------------------
 
-// Every kernel begins with it, and every block says when it is about to end.
+// Every kernel begins with the first, and calls the second once its block has read its last, or just ends.
 DUALOP_FUN void wait_for_kernel_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -153,20 +153,26 @@ DUALOP_FUN void let_next_kernel_begin() {
 #endif
 }
 
+// Whether all that was compiled here waits as it should, for whichever GPU.
+constexpr bool waits() {
+    constexpr int architectures[] = {__CUDA_ARCH_LIST__};
+    for (int architecture : architectures) {
+        if (architecture < 900) return false;
+    }
+    return true;
+}
+
 // Queues a kernel on a cudaStream_t given as void*. From compute capability 9.0 on (programmatic dependent launch) its
 // blocks are launched once all blocks of the kernel before have called let_next_kernel_begin(), or ended. A bad
 // configuration shows in last_error() only.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... args) {
-    int device = 0, major = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid, config.blockDim = block, config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &early, config.numAttrs = major >= 9;
+    config.attrs = &early, config.numAttrs = waits();
     cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }
 

@@ -126,10 +126,16 @@ template <class R, class T, int kind> DUALOP_FUN void sum_partials(const View& v
     if (out < outputs) {
         const index_t k = kind == COLUMN ? 0 : out / columns, n = out - k * columns;
         const index_t terms = static_cast<index_t>(view.outer) * inner, by = static_cast<index_t>(blockDim.y);
-#pragma unroll TERMS
-        for (index_t term = static_cast<index_t>(threadIdx.y); term < terms; term += by) {
-            const index_t o = kind == COLUMN ? term : term / inner, i = term - o * inner;
-            sum += partial[kind == COLUMN ? term * columns + n : ((o * kept + k) * inner + i) * columns + n];
+        for (index_t first = static_cast<index_t>(threadIdx.y); first < terms; first += TERMS * by) {
+            R value[TERMS];
+#pragma unroll
+            for (int t = 0; t < TERMS; t++) {
+                const index_t term = first + t * by, o = kind == COLUMN ? term : term / inner, i = term - o * inner;
+                const index_t at = kind == COLUMN ? term * columns + n : ((o * kept + k) * inner + i) * columns + n;
+                value[t] = term < terms ? partial[at] : R(0);
+            }
+#pragma unroll
+            for (int t = 0; t < TERMS; t++) sum += value[t];
         }
     }
     let_next_kernel_begin();
@@ -171,7 +177,7 @@ template <class P> __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(con
 }
 
 // Launches it for up to `outputs` outputs an input with up to `terms` terms each: as many threads side by side as there
-// are outputs, at most a warp.
+// are outputs, at most a warp. So the order of a sum depends on which gradients are wanted, too.
 template <class P> int sum(word outputs, word terms, void* stream, const Arguments<P::inputs>& arguments) {
     unsigned x = 1, y = 1;
     while (x < 32 && x < outputs) x *= 2;

@@ -38,18 +38,16 @@ BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 
 @COPIED@
 
 
-def multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def is_early(device):
-    """From compute capability 9.0 on a kernel is launched while the one before it still runs."""
-    return torch.cuda.get_device_properties(device).major >= 9
+@functools.lru_cache(maxsize=None)
+def gpu(device):
+    """Its multiprocessors, shared memory for tiles, and whether it launches kernels while the one before runs."""
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin - RESERVED, found.major >= 9
 
 
 def options(device, threads, resident=1):
     limit = {"maxnreg": 65536 // (256 * resident)} if resident > 1 else {}
-    early = {"launch_pdl": True} if is_early(device) else {}
+    early = {"launch_pdl": True} if gpu(device)[2] else {}
     return {"num_warps": threads // 32, "enable_fp_fusion": True, **limit, **early}
 
 
@@ -63,7 +61,7 @@ def launch(kernel, layout, grid, cut, pointers, inputs, **constants):
     with torch.cuda.device(device):
         kernel[grid.axes](
             *pointers, *views, *shape, *walk, **constants,
-            MASK=mask(layout, grid), NARROW=@NARROW@, EARLY=is_early(device),
+            MASK=mask(layout, grid), NARROW=@NARROW@, EARLY=gpu(device)[2],
             BLOCK_ROWS=grid.tile_rows, BLOCK_COLS=grid.tile_cols, **options(device, cut.threads, cut.resident),
         )
 
@@ -73,7 +71,7 @@ def launch_sum(partial, out, shape):
     outer, kept, inner, columns = shape
     block_out = min(power_of_two(kept * columns), 32)
     sizes = {"BLOCK_TERMS": min(power_of_two(outer * inner), 1024 // block_out), "BLOCK_OUT": block_out}
-    constants = {"COLUMNS": kept == inner == 1, "EARLY": is_early(out.device), **sizes}
+    constants = {"COLUMNS": kept == inner == 1, "EARLY": gpu(out.device)[2], **sizes}
     with torch.cuda.device(out.device):
         sum_kernel[(ceil_div(kept * columns, block_out),)](
             partial, out, outer, kept, inner, columns, **constants, **options(out.device, 128)
@@ -94,8 +92,9 @@ def tail_backward(gy, inputs, needs):
     z = inputs[0]
     layout = layout_of(z.shape, z.dtype)
     cut = (BACKWARD if any(view.reduced for view in layout.views) else FORWARD)[z.dtype]
-    cut = TALL[layout.dtype].fitted(cut, layout, multiprocessors(z.device))
-    grid = backward_grid(layout, *tile(layout, cut), multiprocessors(z.device), cut)
+    multiprocessors, shared, _ = gpu(z.device)
+    cut = TALL[layout.dtype].fitted(cut, layout, multiprocessors)
+    grid = backward_grid(layout, *tile(layout, cut), multiprocessors, cut)
     gradients = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs)]
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     shapes = [view.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs) for view in layout.views]
@@ -108,7 +107,6 @@ def tail_backward(gy, inputs, needs):
     ]
     wanted = sum(1 << i for i, need in enumerate(needs) if need)
     bits = max(BITS[z.dtype], BITS[torch.float16])  # a bfloat16 gradient takes float16's functions
-    shared = torch.cuda.get_device_properties(z.device).shared_memory_per_block_optin - RESERVED
     constants = {"NEEDS": wanted, "STAGES": stages(layout, grid, shared), "BITS": bits}
     launch(backward_kernel, layout, grid, cut, [gy, *written], inputs, **constants)
     for parts, partial, gradient, shape in zip(parted, written, gradients, shapes):

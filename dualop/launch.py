@@ -4,7 +4,8 @@ The heuristic, which knows the dtype, the shape and the number of multiprocessor
 
 1. Each backend has a Cut for each dtype and direction (FORWARD and BACKWARD in `dualop/backends/`), as searched for on
    large tensors. Where registers would not suffice, in long chains, `resident` is 1.
-2. `Tall.fitted`: where gradients are summed along the columns and there are few rows, a program takes all of them.
+2. `Tall.fitted`: where gradients are summed along the columns, a program takes all rows if there are few, or if it can
+   have a multiprocessor to itself.
 3. `across` threads lie side by side as far as there are columns; those that are left lie along the rows.
 4. `forward_grid` has a program for each tile, `backward_grid` as many as sums of gradients want.
 
@@ -42,7 +43,9 @@ class Cut:
 TILES = 8  # of a program in backward
 TALL_THREADS, TALL_ROWS = 256, 2
 SECTOR, WIDEST = 32, 256  # bytes: what memory is read by, and the most that a tall tile is wide
-FILLED = 0.9  # the share of multiprocessors that must have a program where each has one at most
+# Where each multiprocessor has one program at most: the share that must have one, and the inputs of the result's size
+# that shared memory has room for.
+FILLED, MOST_WHOLE = 0.9, 2
 MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 
@@ -103,8 +106,8 @@ class Tall:
     single tile, or few, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. A row
     of a tile has `bytes`, or half of that where it takes so many programs, but no less than memory is read by.
 
-    With more tiles it pays where loads are pipelined and there is a width at which nearly every multiprocessor has one
-    program. A thread of these takes `rows` (0: there are none) accesses at once.
+    Otherwise it pays where loads are pipelined, 16 bytes each, and there is a width at which nearly every
+    multiprocessor has one program. A thread of these takes `rows` (0: there are none) accesses at once.
     """
 
     bytes: int
@@ -123,9 +126,10 @@ class Tall:
                 if width >= SECTOR and (tiles == 1 or tiles * multiprocessors <= 16 * ceil_div(row, width)):
                     return replace(tall, across=width // 16)
         width = max(SECTOR, power_of_two(ceil_div(row, multiprocessors)))
-        if self.rows and width <= WIDEST and ceil_div(row, width) >= FILLED * multiprocessors:
-            return replace(tall, rows=self.rows, across=width // 16)
-        return cut
+        filled = width <= WIDEST and ceil_div(row, width) >= FILLED * multiprocessors
+        # Triton sees that accesses are aligned where all rows are of 16 elements.
+        pipelined = layout.cols % 16 == 0 and sum(v.kind & FULL == FULL for v in layout.views) <= MOST_WHOLE
+        return replace(tall, rows=self.rows, across=width // 16) if self.rows and filled and pipelined else cut
 
     def _tiles(self, layout: Layout, width: int) -> int:
         """Of a program whose tiles have rows of `width` bytes."""

@@ -33,6 +33,7 @@ from dualop.slopes import Slope, parse
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
 H200_MULTIPROCESSORS = 132
+H200_SHARED = 227 << 10  # bytes of a program at most
 
 Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
 
@@ -116,6 +117,7 @@ def compiled(
         "wide_loads": len(re.findall(r"\bld\.global[.\w:]*\.(?:v4\.b32|v2\.b64)|\bcp\.async.*, 0x10", ptx)),
         "wide_stores": len(re.findall(r"\bst\.global[.\w:]*\.(?:v4\.b32|v2\.b64)", ptx)),
         "cubin": len(built.asm["cubin"]),
+        "shared": built.metadata.shared,
         "parameters": parameters(built, arguments),
         **resources(ptx, architecture),
     }
@@ -124,6 +126,7 @@ def compiled(
 def main(problems: Path, results: Path) -> None:
     assert not backend.INTERPRET, "interpreted kernels have no PTX"
     backend.multiprocessors = lambda device: H200_MULTIPROCESSORS
+    backend._shared = lambda device: H200_SHARED - backend.RESERVED
     done: dict[Any, dict[str, Any]] = {}  # problems share kernels, above all the one that sums
     rows = []
     for problem in json.loads(problems.read_text()):

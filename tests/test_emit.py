@@ -83,7 +83,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device):
         monkeypatch.setattr(cpp_extension, "load_inline", load_inline_on_host)
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-        small = SimpleNamespace(multi_processor_count=2, major=8)
+        small = SimpleNamespace(multi_processor_count=2, major=8, shared_memory_per_block_optin=1 << 20)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
 
     def load(text: str) -> SimpleNamespace:

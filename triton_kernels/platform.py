@@ -99,7 +99,8 @@ else:
         """a - b, where b may be a product: a compiler that made one fma of both would take b before it was rounded."""
         return tl.inline_asm_elementwise("sub.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
 
-    # As in cuda/device.cuh, in kernels that are launched with `launch_pdl` if EARLY.
+    # If EARLY, kernels are launched with `launch_pdl`: while the one before still runs, once all its programs have
+    # called let_next_kernel_begin, or ended. So each begins with wait_for_kernel_before.
     @triton.jit
     def wait_for_kernel_before(EARLY: tl.constexpr):
         if EARLY:

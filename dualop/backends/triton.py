@@ -231,13 +231,13 @@ def _shared(device: torch.device) -> int:
     """Bytes of shared memory that a program may have for tiles; on the CPU enough."""
     if device.type != "cuda":
         return 1 << 20
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block) - RESERVED
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack some of them
+    return int(properties.shared_memory_per_block_optin) - RESERVED
 
 
 @lru_cache(maxsize=64)
 def _early(device: torch.device) -> bool:
-    """Whether the GPU launches a kernel while the one before still runs, as in_turn in cuda/device.cuh allows it."""
+    """Whether the GPU launches a kernel while the one before still runs, as `launch` in cuda/device.cuh does."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
