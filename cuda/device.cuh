@@ -141,7 +141,7 @@ template <int bytes> DUALOP_FUN void store_raw(void* to, Bytes<bytes> value) {
 
 // ---- launching ------------------------------------------------------------------------------------------------------
 
-// Every kernel begins with the first, and calls the second once its block has read its last, or just ends.
+// Every kernel begins with the first. A block calls the second when only its sums are left to do, or just ends.
 DUALOP_FUN void wait_for_kernel_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

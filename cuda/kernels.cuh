@@ -54,7 +54,6 @@ __global__ void __launch_bounds__(THREADS, P::Forward::blocks) forward_kernel(co
     const Place<vec, rows> at = walk.tile(0);
     typename P::template Fragments<vec, typename P::Forward> in;
     in.load(a.in, at, true);
-    let_next_kernel_begin();
 #pragma unroll
     for (int u = 0; u < rows; u++) {
         if (!at.ok[u]) continue;

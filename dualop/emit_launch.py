@@ -170,7 +170,7 @@ def copied(*objects: Any) -> str:
     text = re.sub(r"\b_(launchable|tile|mask|stages)\b", r"\1", text)
     text = re.sub(r"\breplace\((\w+), ", r"\1._replace(", text)
     return re.sub(
-        r"\b(MOST_PROGRAMS|TILES|TALL_THREADS|TALL_ROWS|SECTOR|WIDEST|FILLED|MOST_WHOLE)\b",
+        r"\b(MOST_PROGRAMS|TILES|TALL_THREADS|TALL_ROWS|SECTOR|WIDEST|FILLED|MOST_TILES|MOST_WHOLE)\b",
         lambda match: str(getattr(launch, match[1])),
         text,
     )

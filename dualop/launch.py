@@ -43,9 +43,9 @@ class Cut:
 TILES = 8  # of a program in backward
 TALL_THREADS, TALL_ROWS = 256, 2
 SECTOR, WIDEST = 32, 256  # bytes: what memory is read by, and the most that a tall tile is wide
-# Where each multiprocessor has one program at most: the share that must have one, and the inputs of the result's size
-# that shared memory has room for.
-FILLED, MOST_WHOLE = 0.9, 2
+# Where each multiprocessor has one program at most: the share that must have one, a program's tiles, and the inputs of
+# the result's size that shared memory has room for.
+FILLED, MOST_TILES, MOST_WHOLE = 0.9, 32, 2
 MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 
@@ -107,7 +107,8 @@ class Tall:
     of a tile has `bytes`, or half of that where it takes so many programs, but no less than memory is read by.
 
     Otherwise it pays where loads are pipelined, 16 bytes each, and there is a width at which nearly every
-    multiprocessor has one program. A thread of these takes `rows` (0: there are none) accesses at once.
+    multiprocessor has one program. A thread of these takes `rows` (0: there are none) accesses at once. With many tiles
+    a program, what is saved at the end is less than so few threads an SM cost most chains.
     """
 
     bytes: int
@@ -127,13 +128,14 @@ class Tall:
                     return replace(tall, across=width // 16)
         width = max(SECTOR, power_of_two(ceil_div(row, multiprocessors)))
         filled = width <= WIDEST and ceil_div(row, width) >= FILLED * multiprocessors
+        few = self.rows and self._tiles(layout, width, self.rows) <= MOST_TILES
         # Triton sees that accesses are aligned where all rows are of 16 elements.
         pipelined = layout.cols % 16 == 0 and sum(v.kind & FULL == FULL for v in layout.views) <= MOST_WHOLE
-        return replace(tall, rows=self.rows, across=width // 16) if self.rows and filled and pipelined else cut
+        return replace(tall, rows=self.rows, across=width // 16) if filled and few and pipelined else cut
 
-    def _tiles(self, layout: Layout, width: int) -> int:
+    def _tiles(self, layout: Layout, width: int, rows: int = TALL_ROWS) -> int:
         """Of a program whose tiles have rows of `width` bytes."""
-        return ceil_div(layout.rows, TALL_ROWS * TALL_THREADS // (width // 16))
+        return ceil_div(layout.rows, rows * TALL_THREADS // (width // 16))
 
 
 def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessors: int, cut: Cut) -> Grid:

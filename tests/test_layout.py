@@ -412,8 +412,9 @@ def test_tall_tiles_leave_no_partial_sums(
 @pytest.mark.parametrize(
     ("shape", "dtype", "width"),
     [
-        ((16384, 8192), torch.bfloat16, 128),
-        ((16384, 8192), torch.float32, 256),
+        ((4096, 8192), torch.bfloat16, 128),
+        ((2048, 8192), torch.float32, 256),
+        ((4097, 8192), torch.bfloat16, 0),  # more tiles than 32
         ((4096, 4096), torch.bfloat16, 64),
         ((300, 1008), torch.float32, 32),
         ((4096, 5120), torch.bfloat16, 0),  # 80 programs for 132 multiprocessors

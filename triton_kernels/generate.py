@@ -131,7 +131,6 @@ def _kernels(kinds: Sequence[int]) -> tuple[str, str]:
         *(f"    {line}" for line in start),
         "    for step in range(count(steps)):",
         *(f"        {line}" for line in tile),
-        "        let_next_kernel_begin(EARLY)",
         f"        write(y, row * cols + column, chain_forward({inputs}, BITS), mask)",
     ]
     backward = [
