@@ -102,13 +102,8 @@ def summed(layout: Layout) -> set[int]:
 class Tall:
     """Tall and narrow tiles for a backward where a program can take all rows of its columns.
 
-    Then no partial sums are left to add up, and there is one launch instead of two. That pays where a program has a
-    single tile, or few, at most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. A row
-    of a tile has `bytes`, or half of that where it takes so many programs, but no less than memory is read by.
-
-    Otherwise it pays where loads are pipelined, 16 bytes each, and there is a width at which nearly every
-    multiprocessor has one program. A thread of these takes `rows` (0: there are none) accesses at once. With many tiles
-    a program, what is saved at the end is less than so few threads an SM cost most chains.
+    Then no partial sums are left to add up, and there is one launch instead of two. `bytes` and `tiles` are for few
+    rows; `rows`, of accesses that a thread takes at once, for programs that fill the multiprocessors (0: never).
     """
 
     bytes: int
@@ -117,25 +112,47 @@ class Tall:
 
     def fitted(self, cut: Cut, layout: Layout, multiprocessors: int) -> Cut:
         """`cut`, or its tall form where that pays."""
-        kinds, row = summed(layout), layout.cols * layout.dtype.itemsize
+        kinds = summed(layout)
         if COLUMN not in kinds or ROW in kinds:
             return cut
-        tall = replace(cut, rows=TALL_ROWS, threads=TALL_THREADS, least=0, most=0)
-        if self._tiles(layout, self.bytes) <= self.tiles:
-            for width in (self.bytes, self.bytes // 2):
-                tiles = self._tiles(layout, width)
-                if width >= SECTOR and (tiles == 1 or tiles * multiprocessors <= 16 * ceil_div(row, width)):
-                    return replace(tall, across=width // 16)
-        width = max(SECTOR, power_of_two(ceil_div(row, multiprocessors)))
-        filled = width <= WIDEST and ceil_div(row, width) >= FILLED * multiprocessors
-        few = self.rows and self._tiles(layout, width, self.rows) <= MOST_TILES
+        rows, width = TALL_ROWS, self._of_few_rows(layout, multiprocessors)
+        if not width:
+            rows, width = self.rows, self._of_one_each(layout, multiprocessors)
+        return replace(cut, rows=rows, threads=TALL_THREADS, across=width // 16, least=0, most=0) if width else cut
+
+    def _of_few_rows(self, layout: Layout, multiprocessors: int) -> int:
+        """Bytes of a tile's row, or 0: a program has a single tile, or few.
+
+        At most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. A row has `bytes`, or
+        half of that where it takes so many programs, but no less than memory is read by.
+        """
+        if self._tiles(layout, self.bytes, TALL_ROWS) > self.tiles:
+            return 0
+        for width in (self.bytes, self.bytes // 2):
+            tiles, programs = self._tiles(layout, width, TALL_ROWS), self._programs(layout, width)
+            if width >= SECTOR and (tiles == 1 or tiles * multiprocessors <= 16 * programs):
+                return width
+        return 0
+
+    def _of_one_each(self, layout: Layout, multiprocessors: int) -> int:
+        """Bytes of a tile's row, or 0: nearly every multiprocessor has one program, and loads are pipelined.
+
+        With many tiles a program, what is saved at the end is less than so few threads an SM cost most chains.
+        """
+        width = max(SECTOR, power_of_two(self._programs(layout, multiprocessors)))
+        if not self.rows or width > WIDEST or self._tiles(layout, width, self.rows) > MOST_TILES:
+            return 0
         # Triton sees that accesses are aligned where all rows are of 16 elements.
         pipelined = layout.cols % 16 == 0 and sum(v.kind & FULL == FULL for v in layout.views) <= MOST_WHOLE
-        return replace(tall, rows=self.rows, across=width // 16) if filled and few and pipelined else cut
+        return width if pipelined and self._programs(layout, width) >= FILLED * multiprocessors else 0
 
-    def _tiles(self, layout: Layout, width: int, rows: int = TALL_ROWS) -> int:
+    def _tiles(self, layout: Layout, width: int, rows: int) -> int:
         """Of a program whose tiles have rows of `width` bytes."""
         return ceil_div(layout.rows, rows * TALL_THREADS // (width // 16))
+
+    def _programs(self, layout: Layout, width: int) -> int:
+        """Of `width` bytes of a row each."""
+        return ceil_div(layout.cols * layout.dtype.itemsize, width)
 
 
 def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessors: int, cut: Cut) -> Grid:

@@ -419,6 +419,7 @@ def test_tall_tiles_leave_no_partial_sums(
         ((300, 1008), torch.float32, 32),
         ((4096, 5120), torch.bfloat16, 0),  # 80 programs for 132 multiprocessors
         ((4096, 16384), torch.float32, 0),  # wider than has been tried
+        ((2048, 2_000_000), torch.bfloat16, 0),  # a row for each multiprocessor is wider than a program has threads
         ((4096, 8200), torch.bfloat16, 0),  # Triton would load an element at a time
         ((65536, 256), torch.bfloat16, 0),
     ],
