@@ -126,7 +126,7 @@ template <class R, class T, int kind> DUALOP_FUN void sum_partials(const View& v
         const index_t k = kind == COLUMN ? 0 : out / columns, n = out - k * columns;
         const index_t terms = static_cast<index_t>(view.outer) * inner, by = static_cast<index_t>(blockDim.y);
         for (index_t first = static_cast<index_t>(threadIdx.y); first < terms; first += TERMS * by) {
-            R value[TERMS];
+            R value[TERMS];  // 0 beyond the last term, whose address is made and not used
 #pragma unroll
             for (int t = 0; t < TERMS; t++) {
                 const index_t term = first + t * by, o = kind == COLUMN ? term : term / inner, i = term - o * inner;

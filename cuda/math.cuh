@@ -2,7 +2,8 @@
 // triton_kernels/math.py has the same functions in the same order.
 //
 // 16-bit results (bits <= 11) use the GPU's approximate instructions: ex2 and rcp are good to about 2^-22, and
-// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 takes what single.cuh has, float64 CUDA's own functions.
+// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 takes what single.cuh has, float64 CUDA's own
+// functions.
 #pragma once
 #include "single.cuh"
 
@@ -10,7 +11,6 @@ namespace dualop::math {
 
 // Templates, so that a chain that uses none of them draws no warning.
 template <class T> constexpr T log2_e = T(1.4426950408889634);
-template <class T> constexpr T ln_2 = T(0.6931471805599453);
 template <class T> constexpr T sqrt_half = T(0.7071067811865476);
 template <class T> constexpr T inverse_sqrt_2pi = T(0.3989422804014327);
 
@@ -122,8 +122,10 @@ template <int bits, class T> DUALOP_FUN T tanh(T z) {
 
 // 1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not.
 template <int bits, class T> DUALOP_FUN T sech2(T z) {
-    if constexpr (bits == 24) return slope(tanh_slope(min_nan(::fabsf(z), 44.0f), -0.0f));
-    else {
+    if constexpr (bits == 24) {
+        const Factored t = tanh_slope(min_nan(::fabsf(z), 44.0f), -0.0f);
+        return slope(t.factor, t.more);
+    } else {
         const T e = exp_neg<bits, 2>(::fabs(z)), r = rcp_1p<bits, 2>(e);
         return (e * r) * r;
     }
@@ -135,7 +137,7 @@ template <int bits, class T> DUALOP_FUN T normpdf(T z) { return inverse_sqrt_2pi
 // The distribution function of the normal distribution, (1 + erf(z / sqrt(2))) / 2. The lean form is Abramowitz and
 // Stegun's 7.1.26 for erfc(|z| / sqrt(2)), off by at most 1.5e-7.
 template <int bits, class T> DUALOP_FUN T normcdf(T z) {
-    if constexpr (bits == 53) return 0.5 * ::erfc(-z * sqrt_half<T>);
+    if constexpr (!lean<bits>) return T(0.5) * ::erfc(-z * sqrt_half<T>);
     else {
         const float t = rcp<bits>(1.0f + 0.3275911f * sqrt_half<T> * ::fabsf(z));
         const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));

@@ -54,7 +54,7 @@ DUALOP_FUN float tanh_short(float z) {
 // A function's slope as factor (1 + more), where more is far from -1: a product of slopes adds small numbers then.
 // Beside it the function's value, rounded, and what the rounding left.
 struct Factored { float factor, more, value, rest; };
-DUALOP_FUN float slope(Factored s) { return ::fmaf(s.factor, s.more, s.factor); }
+DUALOP_FUN float slope(float factor, float more) { return ::fmaf(factor, more, factor); }
 
 // tanh at y + rest, y > -0.3. 1 - tanh^2 is good while tanh is small. Then comes 4 e (1 - h)^2 with e = exp(-2 y) in
 // its parts and h = e / (1 + e). Here tanh is as in tanh_short, there 1 - 2 h.
@@ -148,7 +148,7 @@ DUALOP_FUN float gelu_tanh_slope(float z) {
     const Cubic i = gelu_cubic(min_nan(::fabsf(z), 10.1f));
     const ScaledExp<1> e = scaled_exp<1>(i.u, i.rest);
     const float v = quotient(whole(e), whole(e)), more = ::fmaf(-v, 1.0f + small(e), small(e));
-    const float factor = e.two * ::fmaf(i.rise, v, 1.0f - i.rise), far = ::fmaf(factor, more, factor);
+    const float far = slope(e.two * ::fmaf(i.rise, v, 1.0f - i.rise), more);
     const float t = (z + 0.752461433f) - 1.13396283e-08f;
     float p = horner(t, -0.000920474995f, -0.00223021652f, 0.0052988017f, 0.0196351148f);
     p = horner(t, p, -0.016630888f, -0.113940619f, -0.0157818887f);
@@ -158,26 +158,31 @@ DUALOP_FUN float gelu_tanh_slope(float z) {
 }
 
 // z tanh(softplus(z)) = max(z, 0) - a v with v = e (1 + e / 2) / (1 + e + e^2 / 2) for z < 0, and
-// v = 2 e^2 / (1 + 2 e + 2 e^2) for z >= 0; a = |z|, e = exp(-a).
+// v = 2 e^2 / (1 + 2 e + 2 e^2) for z >= 0; a = |z|, e = exp(-a). `low` and `sum` are the divisors without their 1.
+struct MishParts { float e, low, high, sum; };
+DUALOP_FUN MishParts mish_parts(float a) {
+    const float e = exp_below<1>(a), low = ::fmaf(0.5f * e, e, e), high = 2.0f * e * e;
+    return {e, low, high, ::fmaf(2.0f, e, high)};
+}
 DUALOP_FUN float mish(float z) {
     const bool negative = z < 0.0f;
-    const float a = min_nan(::fabsf(z), 89.0f), e = exp_below<1>(a);
-    const float low = ::fmaf(0.5f * e, e, e), high = 2.0f * e * e, sum = ::fmaf(2.0f, e, high);
-    return ::fmaf(-a, quotient(negative ? low : high, negative ? low : sum), upper(z));
+    const float a = min_nan(::fabsf(z), 89.0f);
+    const MishParts m = mish_parts(a);
+    return ::fmaf(-a, quotient(negative ? m.low : m.high, negative ? m.low : m.sum), upper(z));
 }
 
 // The slope is e (1 - a + e (3/2 - a + e + e^2 / 4)) / (1 + e + e^2 / 2)^2 for z < 0, around whose zero at -1.1924
-// there is a polynomial, good to 2^-24.5; and for z >= 0 it is 1 + 2 e^2 (2 a (1 + e) - d) / d^2 with d = 1 + 2 e + 2
-// e^2.
+// there is a polynomial, good to 2^-24.5; and for z >= 0 it is 1 + 2 e^2 (2 a (1 + e) - d) / d^2 with
+// d = 1 + 2 e + 2 e^2.
 DUALOP_FUN float mish_slope(float z) {
     const bool negative = z < 0.0f;
-    const float a = min_nan(::fabsf(z), 89.0f), e = exp_below<1>(a);
-    const float low = ::fmaf(0.5f * e, e, e), high = 2.0f * e * e, sum = ::fmaf(2.0f, e, high);
-    const float r = quotient(1.0f, negative ? low : sum), t = (z + 1.19243121f) + 3.04393759e-09f;
-    const float left = ::fmaf(e, ::fmaf(0.25f * e, e + 4.0f, 1.5f - a), 1.0f - a);
-    const float right = ::fmaf(2.0f * a, 1.0f + e, -1.0f - sum);
-    const float h = 1.0f - r, x = e * left, far = ::fmaf(x, ::fmaf(h, h, -2.0f * h), x);
-    const float above = 1.0f + (high * r) * (right * r);
+    const float a = min_nan(::fabsf(z), 89.0f);
+    const MishParts m = mish_parts(a);
+    const float r = quotient(1.0f, negative ? m.low : m.sum), t = (z + 1.19243121f) + 3.04393759e-09f;
+    const float left = ::fmaf(m.e, ::fmaf(0.25f * m.e, m.e + 4.0f, 1.5f - a), 1.0f - a);
+    const float right = ::fmaf(2.0f * a, 1.0f + m.e, -1.0f - m.sum);
+    const float h = 1.0f - r, x = m.e * left, far = ::fmaf(x, ::fmaf(h, h, -2.0f * h), x);
+    const float above = 1.0f + (m.high * r) * (right * r);
     float p = horner(t, -4.33991991e-05f, -0.000100244768f, 0.000274161459f, 0.00102499081f);
     p = horner(t, p, 0.00107128907f, -0.00336712599f, -0.0158150587f);
     p = horner(t, p, -0.0202716477f, 0.0419072025f, 0.204731271f);

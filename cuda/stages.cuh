@@ -1,7 +1,8 @@
 // Every stage: forward(z) -> y and backward(z, gy) -> gz; an operand stage has forward(z, b) and
 // backward(z, b, gy, gb) -> gz, which also sets gb. Where the value on the way in a backward can be had cheaper than by
-// forward, or out of what the derivative needs anyhow, inner(z) gives it. triton_kernels/stages.py has the same names in the same order with
-// the same formulas; dualop/stages.py says what they mean in torch. `bits` is how accurate a result has to be.
+// forward, or out of what the derivative needs anyhow, inner(z) gives it. triton_kernels/stages.py has the same names in
+// the same order with the same formulas; dualop/stages.py says what they mean in torch. `bits` is how accurate a result
+// has to be.
 //
 // Gradients at kinks are torch's. Masked gradients are selected, not multiplied by 0, so that an infinite gy stays out.
 #pragma once
@@ -188,8 +189,10 @@ struct silu {
         else return z * math::sigmoid_alone<bits>(z);
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        if constexpr (bits == 24) return gy * math::slope(math::silu_slope(z));
-        else if constexpr (math::lean<bits>) {
+        if constexpr (bits == 24) {
+            const math::Factored s = math::silu_slope(z);
+            return gy * math::slope(s.factor, s.more);
+        } else if constexpr (math::lean<bits>) {
             const T s = math::sigmoid_alone<bits>(z);
             return gy * (s + (z * s) * (T(1) - s));
         } else return gy * (math::sigmoid<bits>(z) + z * math::sigmoid_slope<bits>(z));
@@ -212,7 +215,6 @@ struct tanh_approx : tanh {
         if constexpr (bits == 8) return dualop::tanh_approx(z);
         else return tanh::forward<bits>(z);
     }
-    template <int bits, class T> DUALOP_FUN static T inner(T z) { return tanh::inner<bits>(z); }
 };
 
 // tanh(silu(z)) in one, since tanh's slope multiplies what silu was rounded by with 2 y; chosen by dualop/ranges.py.
@@ -231,8 +233,8 @@ struct silu_tanh {
         if constexpr (bits == 24) {
             const math::Factored s = math::silu_slope(z);
             const math::Factored t = math::tanh_slope(s.value, s.rest);
-            const float factor = z < 0.0f ? s.factor : t.factor, more = ::fmaf(s.more, t.more, s.more + t.more);
-            return gy * ::fmaf(factor, more, factor);  // the product of both: the factor not taken is 1
+            // The product of both: the factor not taken is 1.
+            return gy * math::slope(z < 0.0f ? s.factor : t.factor, ::fmaf(s.more, t.more, s.more + t.more));
         } else return silu::backward<bits>(z, tanh::backward<bits>(silu::forward<bits>(z), gy));
     }
 };

@@ -209,13 +209,19 @@ def gelu_tanh_slope(z):
 
 
 @triton.jit
+def mish_parts(a):
+    """(e, low, high, sum), the last three what v is a quotient of"""
+    e = exp_below(a, number(a, -0.0), 1)
+    low = platform.fma(0.5 * e, e, e)
+    high = 2.0 * e * e
+    return e, low, high, platform.fma(e, number(e, 2.0), high)
+
+
+@triton.jit
 def mish(z):
     negative = z < 0
     a = min_nan(tl.abs(z), number(z, 89.0))
-    e = exp_below(a, number(z, -0.0), 1)
-    low = platform.fma(0.5 * e, e, e)
-    high = 2.0 * e * e
-    sum = platform.fma(e, number(e, 2.0), high)
+    _, low, high, sum = mish_parts(a)
     v = quotient(tl.where(negative, low, high), tl.where(negative, low, sum))
     return platform.fma(-a, v, upper(z))
 
@@ -224,10 +230,7 @@ def mish(z):
 def mish_slope(z):
     negative = z < 0
     a = min_nan(tl.abs(z), number(z, 89.0))
-    e = exp_below(a, number(z, -0.0), 1)
-    low = platform.fma(0.5 * e, e, e)
-    high = 2.0 * e * e
-    sum = platform.fma(e, number(e, 2.0), high)
+    e, low, high, sum = mish_parts(a)
     r = quotient(number(e, 1.0), tl.where(negative, low, sum))
     left = platform.fma(e, platform.fma(0.25 * e, e + 4.0, 1.5 - a), 1.0 - a)
     right = platform.fma(2.0 * a, 1.0 + e, -1.0 - sum)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import math, single
+from . import math, platform, single
 from .math import divide
 from .platform import max_nan, min_nan, number
 
@@ -185,7 +185,7 @@ def hardsigmoid(z, BITS: tl.constexpr):
     if BITS <= 11:
         return sixfold * (1.0 / 6)
     else:
-        return math.divide(sixfold, number(z, 6.0), BITS)
+        return divide(sixfold, number(z, 6.0), BITS)
 
 
 @triton.jit
@@ -303,7 +303,7 @@ def tanh_backward(z, gy, BITS: tl.constexpr):
 @triton.jit
 def tanh_approx(z, BITS: tl.constexpr):
     if BITS == 8:
-        return math.platform.tanh_approx(z)
+        return platform.tanh_approx(z)
     else:
         return math.tanh(z, BITS)
 
@@ -343,7 +343,7 @@ def silu_tanh_backward(z, gy, BITS: tl.constexpr):
         f1, m1, y, rest = single.silu_slope(z)
         f2, m2, _, _ = single.tanh_slope(y, rest)
         # The product of both: the factor not taken is 1.
-        return gy * single.slope(tl.where(z < 0, f1, f2), single.platform.fma(m1, m2, m1 + m2))
+        return gy * single.slope(tl.where(z < 0, f1, f2), platform.fma(m1, m2, m1 + m2))
     else:
         return silu_backward(z, tanh_backward(silu(z, BITS), gy, BITS), BITS)
 
