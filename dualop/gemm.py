@@ -94,8 +94,8 @@ def reasons(x: Tensor, weight: Tensor, operands: Sequence[Tensor], backend: str 
         return ["torch.compile, functorch and forward mode take the product and the chain apart"]
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return ["the shapes do not fit"]
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *operands))
-    if mode == "auto" and not pays(x.numel() // max(x.shape[-1], 1), weight.shape[0], weight.shape[1], training):
+    rows, training = x.numel() // max(x.shape[-1], 1), _is_training(x, weight, *operands)
+    if mode == "auto" and not pays(rows, weight.shape[0], weight.shape[1], training):
         return ["cuBLAS and a kernel behind it are faster at this size"]
     of_call = _of_call(x, registry.requested(backend))
     return of_call or _of_tensors(x, weight, operands) or _of_layout(x, weight, operands)
@@ -106,10 +106,14 @@ def run(chain: Chain, x: Tensor, weight: Tensor, operands: Sequence[Tensor], bac
 
     The chain takes the product as it is accumulated, in float32; its backward takes it rounded.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *operands)):
+    if _is_training(x, weight, *operands):
         name = registry.resolve(registry.requested(backend), chain, x.device).name
         return _Fused.apply(x, weight, chain, name, *operands)
     return launch(chain, x, weight, operands, save=False)[0]
+
+
+def _is_training(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _of_call(x: Tensor, name: str) -> list[str]:

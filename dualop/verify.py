@@ -57,8 +57,8 @@ class Excuse:
     why: str
 
 
-# By chain, dtype and quantity. The table shows what stands here, with its reason.
 _ROUNDINGS = "five functions round one after the other, and no more instructions fit in the shadow of memory"
+# By chain, dtype and quantity. The table shows what stands here, with its reason.
 EXCUSES: dict[tuple[str, str, str], Excuse] = {
     ("add | silu | tanh | gelu | hardtanh", "float32", "forward"): Excuse(5.0, _ROUNDINGS),
     ("add | silu | tanh | gelu | hardtanh", "float32", "gradient"): Excuse(5.5, _ROUNDINGS),
@@ -219,9 +219,9 @@ def _rows(
                 row = found[name][i]
                 row.unjudged += unjudged[i]
                 chosen = _larger(row, actual, right[i], sizes[i]).logical_and_(~unsettled[i])
-                if lost := _lost(row, x):
-                    chosen &= ~lost[0]
-                    row.unjudged += int((lost[0] & ~unsettled[i]).sum())
+                if (lost := _lost(row, x)) is not None:
+                    chosen &= ~lost
+                    row.unjudged += int((lost & ~unsettled[i]).sum())
                 _add(row, x, actual, right[i], chosen, lambda x: exact(chain, x, wide))
         step()
     rows = []
@@ -244,11 +244,11 @@ def _differentiated(function: Callable[..., Tensor], x: Tensor, operands: Sequen
     return y.detach(), gradient
 
 
-def _lost(row: Row, x: Tensor) -> tuple[Tensor, ...]:
+def _lost(row: Row, x: Tensor) -> Tensor | None:
     """Inputs that do not reach the kernel: Triton's interpreter makes zeros of most bfloat16 subnormals."""
     if not row.interpreted or (row.backend, row.dtype) != ("triton", "bfloat16"):
-        return ()
-    return ((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny),)
+        return None
+    return (x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)
 
 
 Exact = Callable[[Tensor], tuple[Tensor, Tensor]]
