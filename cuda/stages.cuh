@@ -61,15 +61,16 @@ struct maximum {
 
 // ---- piecewise linear stages ---------------------------------------------------------------------------------------
 
-// at_bound: the derivative at the bounds, 1 or 0, as the installed torch has it.
+// at_bound: the derivative at the bounds, 1 or 0, as the installed torch has it. An infinite bound is none: 1 there.
 template <number_bits min, number_bits max, number_bits at_bound> struct clamp {
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
         return min_nan(max_nan(z, value<T>(min)), value<T>(max));
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         constexpr T low = value<T>(min), high = value<T>(max);
-        if constexpr (at_bound != 0) return z >= low && z <= high ? gy : T(0);
-        else return z > low && z < high ? gy : T(0);
+        constexpr bool at_low = at_bound != 0 || min == number(-__builtin_huge_val());
+        constexpr bool at_high = at_bound != 0 || max == number(__builtin_huge_val());
+        return (at_low ? z >= low : z > low) && (at_high ? z <= high : z < high) ? gy : T(0);
     }
 };
 

@@ -119,8 +119,11 @@ def _extremum(gy: Tensor, z: Tensor, b: Tensor | float, loses: Callable[[Any, An
 
 
 def _clamp_gradient(gy: Tensor, z: Tensor, low: float, high: float) -> Tensor:
-    inside = (z >= low) & (z <= high) if clamp_gradient_at_bound() else (z > low) & (z < high)
-    return _kept(inside, gy)
+    # An infinite bound is none, so the derivative at infinity is 1 there.
+    at_bound = clamp_gradient_at_bound()
+    above = z >= low if at_bound or low == -math.inf else z > low
+    below = z <= high if at_bound or high == math.inf else z < high
+    return _kept(above & below, gy)
 
 
 # aten's silu_backward, mish_backward and hardsigmoid_backward cannot be differentiated again.

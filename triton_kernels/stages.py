@@ -94,7 +94,7 @@ def maximum_backward(z, b, gy, BITS: tl.constexpr):
 # ---- piecewise linear stages -----------------------------------------------------------------------------------------
 
 
-# at_bound: the derivative at the bounds, 1 or 0, as the installed torch has it.
+# at_bound: the derivative at the bounds, 1 or 0, as the installed torch has it. An infinite bound is none: 1 there.
 @triton.jit
 def clamp(z, min: tl.constexpr, max: tl.constexpr, at_bound: tl.constexpr, BITS: tl.constexpr):
     return min_nan(max_nan(z, number(z, min)), number(z, max))
@@ -102,10 +102,16 @@ def clamp(z, min: tl.constexpr, max: tl.constexpr, at_bound: tl.constexpr, BITS:
 
 @triton.jit
 def clamp_backward(z, gy, min: tl.constexpr, max: tl.constexpr, at_bound: tl.constexpr, BITS: tl.constexpr):
-    if at_bound != 0:
-        return tl.where((z >= number(z, min)) & (z <= number(z, max)), gy, 0.0)
+    low, high = number(z, min), number(z, max)
+    if at_bound != 0 or min == float("-inf"):
+        above = z >= low
     else:
-        return tl.where((z > number(z, min)) & (z < number(z, max)), gy, 0.0)
+        above = z > low
+    if at_bound != 0 or max == float("inf"):
+        below = z <= high
+    else:
+        below = z < high
+    return tl.where(above & below, gy, 0.0)
 
 
 @triton.jit
