@@ -10,29 +10,23 @@ custom_op with register_autograd (torch.func.grad fails, forward mode silently g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _after_autograd_keyset as _AFTER_AUTOGRAD
-from torch._C import _any_requires_grad, _are_functorch_transforms_active
-from torch._C import _AutoDispatchBelowAutograd as _BelowAutograd
-from torch._C._dynamo import eval_frame
-from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.compiler import is_compiling
 from torch.overrides import is_tensor_like
 
-from dualop import chains, direct, distributed, native, registry
+from dualop import chains, direct, distributed, native, registry, torch_private
+from dualop.autograd_kernel import below_function, differentiably, forward_mode
 from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.chains import Chain
 from dualop.layout import checked, device_of, validate
 from dualop.native import known
 from dualop.slopes import parse, slope
+from dualop.torch_private import FUNCTION, transforms_active
 
 _LIBRARY = torch.library.Library("dualop", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -56,17 +50,18 @@ def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -
         device, asked = checked(tensors, chain.operands), registry.requested(backend)
         chosen = registry.resolve(asked, chain, device).name
         calls, arguments = native.calls(chain.text, asked, chosen), (chain.text, chosen)
-        if torch.is_grad_enabled() and _any_requires_grad(*tensors):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return apply(calls, arguments, *tensors)
         return direct.forward(calls, arguments, tensors)
     if any(not isinstance(t, Tensor) and is_tensor_like(t) for t in tensors):  # a proxy: a node of torch.fx's graph
         return _forward_op(x, list(operands), chain.text, registry.requested(backend))
     validate(x, operands, chain.operands)
-    distributed.know_dtensor()
     name = registry.requested(backend)
+    if distributed.lacks_rules(tensors):
+        return distributed.without_rules(chain, x, operands, name)
     if not is_compiling() and x.device.type != "meta":
         name = registry.resolve(name, chain, device_of(x, operands)).name
-    return _forward_op(x, list(operands), chain.text, name)
+    return _operate(_forward_op, (chain.text, name), tensors)
 
 
 def _forward(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
@@ -111,10 +106,9 @@ class ChainFunction(torch.autograd.Function):
     def forward(op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
         if op is not _forward_op and op is not _backward_op:
             return direct.forward(op, arguments, tensors)
-        if not _are_functorch_transforms_active():
-            with _BelowAutograd():
-                return _call(op, arguments, tensors)
-        with _outer_levels():
+        if not FUNCTION.works:
+            return _call(op, arguments, tensors)
+        with below_function():
             return _call(op, arguments, tensors)
 
     @staticmethod
@@ -152,18 +146,32 @@ class ChainFunction(torch.autograd.Function):
         device = device_of(ctx.saved_tensors[0], ctx.saved_tensors[1:])  # a number may lie on the CPU
         x, *operands = torch.broadcast_tensors(*[t.to(device) for t in ctx.saved_tensors])
         y = _forward_fake(x, operands, *ctx.arguments)
-        derivatives = _backward_op(torch.ones_like(y), x, operands, *ctx.arguments, [t is not None for t in tangents])
+        arguments = (*ctx.arguments, [t is not None for t in tangents])
+        derivatives = _operate(_backward_op, arguments, (torch.ones_like(y), x, *operands))
         # Reverse over forward mode of one level needs the products in its graph, functorch has a level for each.
-        with _outer_levels() if _are_functorch_transforms_active() else nullcontext():
+        with below_function() if FUNCTION.works and transforms_active() else nullcontext():
             terms = [d * t for d, t in zip(derivatives, [t for t in tangents if t is not None], strict=True)]
             return sum(terms[1:], terms[0]).to(dtype)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
+        # Where the Function is applied above the op; else the op's own rules serve.
+        dims = in_dims[2:]
+        if op is _forward_op:
+            return _forward_vmap(info, (dims[0], dims[1:]), tensors[0], tensors[1:], *arguments)
+        found, places = _backward_vmap(info, (*dims[:2], dims[2:]), *tensors[:2], tensors[2:], *arguments)
+        return tuple(found), tuple(places)
 
-@contextmanager
-def _outer_levels() -> Iterator[None]:
-    """Continue at functorch's next level, whose gradients and tangents this level's apply() switched off."""
-    with torch.enable_grad(), _set_fwd_grad_enabled(True), _BelowAutograd():
-        yield
+
+def _operate(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
+    """The op's result, with whatever derivatives and transforms are wanted.
+
+    The op's own Autograd kernel sees to them. Without the private names that this takes, the Function is applied above
+    the op in the public way. Dynamo refuses a Function with a jvp, but traces the op.
+    """
+    if FUNCTION.works or is_compiling():
+        return _call(op, arguments, tensors)
+    return ChainFunction.apply(op, arguments, *tensors)
 
 
 def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
@@ -172,27 +180,24 @@ def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any
     return tuple(op(tensors[0], tensors[1], tensors[2:], *arguments))
 
 
-def _gradients(arguments: tuple[str, str], gy: Tensor, tensors: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
+def _gradients(
+    arguments: tuple[str, str], gy: Tensor, tensors: Sequence[Tensor], needs: list[bool]
+) -> Sequence[Tensor]:
     """The derivative of the forward op: the gradients of those of (x, *operands) that `needs` asks for."""
-    chain, backend = arguments
-    x, operands = tensors[0], tensors[1:]
-    # torch.autograd.grad(is_grads_batched=True) is a vmap that knows no op with a list of results.
-    if not is_compiling() and is_legacy_batchedtensor(gy):
-        return reference_gradients(parse(chain), gy, x, operands, needs)
-    return _backward_op(gy, x, operands, chain, backend, needs)
+    return _operate(_backward_op, (*arguments, needs), (gy, *tensors))
 
 
 def _second(
     arguments: tuple[Any, ...], cotangents: Sequence[Tensor], tensors: Sequence[Tensor], needs: list[bool]
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """The derivative of the backward op: the gradients of those of (gy, x, *operands) that `needs` asks for."""
     chain, backend, _ = arguments
     sloped = slope(chain)
-    if sloped is None or (not is_compiling() and is_legacy_batchedtensor(cotangents[0])):
+    if sloped is None:
         outputs = torch.func.vjp(_reference_gradients(*arguments), *tensors)
         return [g for g, need in zip(outputs[1](tuple(cotangents)), needs, strict=True) if need]
     gy, x = tensors
-    return _backward_op(cotangents[0], x, [gy], sloped, backend, needs[::-1])[::-1]
+    return _operate(_backward_op, (sloped, backend, needs[::-1]), (cotangents[0], x, gy))[::-1]
 
 
 def _reference_gradients(chain: str, _backend: str, needs: Sequence[bool]) -> Callable[..., tuple[Tensor, ...]]:
@@ -200,41 +205,59 @@ def _reference_gradients(chain: str, _backend: str, needs: Sequence[bool]) -> Ca
     return lambda gy, x, *operands: tuple(reference_gradients(parse(chain), gy, x, operands, needs))
 
 
-apply = super(torch.autograd.Function, ChainFunction).apply  # the C++ apply: the Python one binds a signature, 25 us
-
-
-def _differentiably(keyset: Any, op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
-    """The Autograd kernel of both ops: a node if anybody may differentiate, else straight to the backend."""
-    if _are_functorch_transforms_active():
-        with enable_single_level_autograd_function():
-            return apply(op, arguments, *tensors)
-    if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and _any_requires_grad(*tensors)):
-        if op is _forward_op:
-            return op.redispatch(keyset & _AFTER_AUTOGRAD, tensors[0], tensors[1:], *arguments)
-        return op.redispatch(keyset & _AFTER_AUTOGRAD, tensors[0], tensors[1], tensors[2:], *arguments)
-    return apply(op, arguments, *tensors)
+# The Function as torch's own transforms make theirs: a node of one level, without the way through functorch.
+apply = torch_private.single_level(ChainFunction).apply
 
 
 def _forward_autograd(keyset: Any, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
-    return _differentiably(keyset, _forward_op, (chain, backend), x, *operands)
+    arguments, tensors = (chain, backend), (x, *operands)
+    below = lambda keys: _forward_op.redispatch(keys, x, operands, *arguments)
+    return differentiably(keyset, lambda: apply(_forward_op, arguments, *tensors), below, tensors)
 
 
 def _backward_autograd(
     keyset: Any, gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
-    arguments = (chain, backend, list(needs))
-    if _forward_mode():
-        return list(_reference_gradients(*arguments)(gy, x, *operands))
-    return list(_differentiably(keyset, _backward_op, arguments, gy, x, *operands))
+    arguments, tensors = (chain, backend, list(needs)), (gy, x, *operands)
+    if forward_mode(tensors):  # by functions that torch has tangents for
+        return list(_reference_gradients(*arguments)(*tensors))
+    below = lambda keys: _backward_op.redispatch(keys, gy, x, operands, *arguments)
+    return list(differentiably(keyset, lambda: apply(_backward_op, arguments, *tensors), below, tensors))
 
 
-def _forward_mode() -> bool:
-    """Whether tangents may flow here: then the gradient is computed by functions that torch has tangents for."""
-    if not torch._C._is_fwd_grad_enabled():  # as inside ChainFunction.jvp: this level is being taken care of
-        return False
-    if _are_functorch_transforms_active():
-        return peek_interpreter_stack().key() == TransformType.Jvp
-    return forward_ad._current_level >= 0
+def _backward_legacy_vmap(
+    gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The vmap inside of torch.autograd.grad(is_grads_batched=True), which knows no op with a list of results."""
+    return list(_reference_gradients(chain, backend, needs)(gy, x, *operands))
+
+
+def _keep_forward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, operands, *arguments = inputs
+    ctx.arguments = tuple(arguments)
+    ctx.save_for_backward(x, *operands)
+
+
+def _forward_rule(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    of_x, of_operands = ctx.needs_input_grad[:2]
+    needs = [of_x, *of_operands]
+    found = iter(_gradients(ctx.arguments, gy, ctx.saved_tensors, needs))
+    gx, *rest = [next(found) if need else None for need in needs]
+    return gx, rest, None, None
+
+
+def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    gy, x, operands, *arguments = inputs
+    ctx.arguments = tuple(arguments)
+    ctx.save_for_backward(gy, x, *operands)
+
+
+def _backward_rule(ctx: Any, cotangents: Sequence[Tensor]) -> tuple[Any, ...]:
+    of_gy, of_x, of_operands = ctx.needs_input_grad[:3]
+    needs = [of_gy, of_x, *of_operands]
+    found = iter(_second(ctx.arguments, cotangents, ctx.saved_tensors, needs))
+    ggy, gx, *rest = [next(found) if need else None for need in needs]
+    return ggy, gx, rest, None, None, None
 
 
 def _batched(tensors: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
@@ -252,10 +275,10 @@ def _forward_vmap(
     info: Any, dims: tuple[Any, ...], x: Tensor, operands: Sequence[Tensor], chain: str, backend: str
 ) -> tuple[Tensor, int]:
     tensors, places = (x, *operands), (dims[0], *_operand_dims(dims[1], operands))
-    # A number a sample promotes as a number does, though all samples' numbers lie in one tensor.
-    sample = [t if d is None else t.select(d, 0) for t, d in zip(tensors, places, strict=True)]
+    # A number a sample promotes as a number does, though all samples' numbers lie in one tensor. There may be no sample.
+    sample = [t if d is None else t.new_empty(t.movedim(d, 0).shape[1:]) for t, d in zip(tensors, places, strict=True)]
     x, *operands = _batched(tensors, places)
-    return _forward_op(x, operands, chain, backend).to(result_dtype(sample[0], sample[1:])), 0
+    return _operate(_forward_op, (chain, backend), (x, *operands)).to(result_dtype(sample[0], sample[1:])), 0
 
 
 def _backward_vmap(
@@ -278,7 +301,7 @@ def _backward_vmap(
     size = info.batch_size
     x, *operands = [t.expand(size, *t.shape[1:]) for t in batched]
     gy = gy.expand(size, *gy.shape[1:])
-    gradients = _backward_op(gy, x, operands, chain, backend, needs)
+    gradients = _operate(_backward_op, (chain, backend, needs), (gy, x, *operands))
     wanted = [shape for shape, need in zip(shapes, needs, strict=True) if need]
     return [g.reshape(size, *shape) for g, shape in zip(gradients, wanted, strict=True)], [0] * len(gradients)
 
@@ -286,8 +309,13 @@ def _backward_vmap(
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("forward", _forward, _key)
     _LIBRARY.impl("backward", _backward, _key)
-_LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
-_LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
+if FUNCTION.works:
+    _LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
+    _LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
+else:
+    torch.library.register_autograd("dualop::forward", _forward_rule, setup_context=_keep_forward, lib=_LIBRARY)
+    torch.library.register_autograd("dualop::backward", _backward_rule, setup_context=_keep_backward, lib=_LIBRARY)
+_LIBRARY.impl("backward", _backward_legacy_vmap, "Batched")
 torch.library.register_fake("dualop::forward", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("dualop::backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_vmap("dualop::forward", _forward_vmap, lib=_LIBRARY)
@@ -295,11 +323,10 @@ torch.library.register_vmap("dualop::backward", _backward_vmap, lib=_LIBRARY)
 
 chains._run = run
 
-# Around a compiled function that broke off, Dynamo tries to compile each Python function that it meets: not these.
-_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
-for _kernel in (
-    *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake),
-    *(_forward_vmap, _backward_vmap, ChainFunction.forward, ChainFunction.setup_context),
-    *(ChainFunction.backward, ChainFunction.jvp, _gradients, _second),
-):
-    eval_frame.set_code_exec_strategy(_kernel.__code__, _SKIP)
+torch_private.skip_frames(
+    [
+        *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake),
+        *(_forward_vmap, _backward_vmap, ChainFunction.forward, ChainFunction.setup_context),
+        *(ChainFunction.backward, ChainFunction.jvp, _gradients, _second),
+    ]
+)

@@ -8,22 +8,19 @@ switches of the thread; if none of it does, calling the backend is the same.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _are_functorch_transforms_active
-from torch._C import _dispatch_keys as keys_of
-from torch._C import _get_tracing_state as jit_tracer
-from torch._C import _has_torch_function as has_torch_function
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch._C._autograd import _profiler_enabled as profiler
-from torch.autograd import forward_ad
+from torch import DispatchKey, DispatchKeySet, Tensor
+from torch.overrides import has_torch_function
 
-from dualop import registry
+from dualop import registry, torch_private, versions
 from dualop.native.record import recorded
 from dualop.slopes import parse
+from dualop.torch_private import SHORT_WAY
 
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 
@@ -44,20 +41,63 @@ PLAIN_KEYS = frozenset(
 
 
 def unwatched(tensors: Sequence[Tensor]) -> bool:
-    """Whether a call with these tensors is nobody's business but the backend's: False where that is not certain."""
-    if torch.compiler.is_compiling():
+    """Return True if no subclass, mode, transform, tracer or profiler can observe a call with these tensors.
+
+    False where that is not certain.
+    """
+    if torch.compiler.is_compiling() or not SHORT_WAY.works:
         return False
     for tensor in tensors:
-        if type(tensor) not in _TYPES or keys_of(tensor).raw_repr() not in PLAIN_KEYS:
+        if type(tensor) not in _TYPES or torch_private.dispatch_keys(tensor).raw_repr() not in PLAIN_KEYS:
             return False
     return not (
         has_torch_function(tensors)
-        or dispatch_modes()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or profiler()
-        or jit_tracer()
+        or torch_private.dispatch_modes()
+        or torch_private.transformed()
+        or torch_private.profiling()
+        or torch.jit.is_tracing()
     )
+
+
+def try_out() -> None:
+    """Give up SHORT_WAY if a call that something watches passes for an unwatched one.
+
+    The profiler is left out: starting it takes long, and without it nothing but a row of a profile would be missing.
+    """
+    with ThreadPoolExecutor(1) as pool:  # the calling thread may be watched itself
+        seen = pool.submit(_unseen_watcher).result()
+    if seen:
+        SHORT_WAY.give_up(seen)
+
+
+def _unseen_watcher() -> str:
+    """Return what is wrong, or ""."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.ones(2)
+    passed: list[str] = []
+
+    def see(watcher: str, tensor: Tensor) -> Tensor:
+        if unwatched((tensor,)):
+            passed.append(watcher)
+        return tensor.clone()
+
+    try:
+        with torch.autograd.forward_ad.dual_level():
+            see("a dual level", x)
+        with FlopCounterMode(display=False):
+            see("a dispatch mode", x)
+        with torch.device("cpu"):
+            see("a function mode", x)
+        torch.func.vmap(lambda t: see("a transform of torch.func", x) + t)(x)
+        see("a lazy negation", torch.ones(2, dtype=torch.complex64).conj().imag)
+        see("a meta tensor", torch.ones(2, device="meta"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(lambda t: see("torch.jit.trace", t), x, check_trace=False)
+    except Exception as error:
+        return f"a trial of the private names failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+    return f"a call under {passed[0]} passes for an unwatched one" if passed else ""
 
 
 def forward(calls: Any, arguments: tuple[str, str], tensors: Sequence[Tensor]) -> Tensor:
@@ -80,3 +120,7 @@ def backward(
         return backend.backward(chain, gy, tensors[0], tensors[1:], needs)
     call = lambda: backend.backward(chain, gy, tensors[0], tensors[1:], needs)
     return recorded(calls, (gy, *tensors), needs, call)
+
+
+if SHORT_WAY.works and versions.of(torch.__version__) not in versions.TORCH:
+    try_out()

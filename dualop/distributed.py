@@ -16,10 +16,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from dualop import torch_private
+from dualop.backends.reference import reference
+from dualop.chains import Chain
+from dualop.errors import BackendUnavailable
 
 known = False
 
 
+@torch_private.as_constant
 def know_dtensor() -> bool:
     """Register the rules, once, if this process has DTensors. Costs a look into a dictionary until it has."""
     global known
@@ -28,17 +35,33 @@ def know_dtensor() -> bool:
     return known
 
 
-# Dynamo then calls it while it traces. torch.compiler.assume_constant_result does this too, and imports all of Dynamo.
-know_dtensor._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def lacks_rules(tensors: Sequence[Tensor]) -> bool:
+    """Return True if one of these is a DTensor and this torch takes no rules for it."""
+    know_dtensor()
+    if torch_private.DTENSOR.works:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(t, DTensor) for t in tensors)
+
+
+def without_rules(chain: Chain, x: Tensor, operands: Sequence[Tensor], backend: str) -> Tensor:
+    """The chain of DTensors as torch's own functions. Raises BackendUnavailable for a backend that was named."""
+    if backend not in ("auto", "reference"):
+        raise BackendUnavailable(
+            f"backend {backend} cannot run DTensors on torch {torch.__version__}: {torch_private.DTENSOR.why_not}. "
+            "Backends that can: reference"
+        )
+    return reference(chain, x, operands)
 
 
 def _register() -> bool:
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-
-    propagator = DTensor._op_dispatcher.sharding_propagator
+    names = torch_private.sharding_names()
+    if names is None:
+        return True  # there is nothing more to be done
+    propagator, schema_info, _ = names
     # All arguments behind the first tensor are part of the cache's key; operands are a list, hence pytree.
-    info = RuntimeSchemaInfo(static_argnum=1, needs_pytree=True)
+    info = schema_info(static_argnum=1, needs_pytree=True)
     propagator.register_op_strategy(torch.ops.dualop.forward.default, _forward_strategy, info)
     propagator.register_op_strategy(torch.ops.dualop.backward.default, _backward_strategy, info)
     return True
@@ -95,9 +118,9 @@ def _shapes(schema: Any) -> list[tuple[int, ...]]:
 
 def _expand(schema: Any, rules: list[list[Any]], results: int) -> Any:
     """All combinations of rules over the mesh's dimensions, as DTensor takes them."""
-    from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
-
-    expanded = expand_to_full_mesh_op_strategy(schema.get_mesh_from_args(), schema, rules, input_index=results)
+    names = torch_private.sharding_names()
+    assert names is not None
+    expanded = names[2](schema.get_mesh_from_args(), schema, rules, input_index=results)
     if schema.op is torch.ops.dualop.backward.default:
         for strategy in expanded.strategies:  # it takes one result for a tensor where it is a list of one
             if not isinstance(strategy.output_specs, tuple):

@@ -19,10 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active
-from torch.autograd import forward_ad
 
-from dualop import registry
+from dualop import registry, torch_private
 from dualop.autograd import _backward_op
 from dualop.backends import triton
 from dualop.chains import Chain
@@ -90,7 +88,7 @@ def reasons(x: Tensor, weight: Tensor, operands: Sequence[Tensor], backend: str 
         raise BackendUnavailable(f"{SWITCH}={mode}: it may be auto, on or off")
     if mode == "off":
         return [f"{SWITCH}=off"]
-    if torch.compiler.is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or torch_private.transformed():
         return ["torch.compile, functorch and forward mode take the product and the chain apart"]
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return ["the shapes do not fit"]

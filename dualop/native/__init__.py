@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
-from dualop import build, tuned
+from dualop import build, torch_private, tuned
 
 SOURCES = ("tensors.h", "triton.h", "call.h", "module.cpp")
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -76,7 +75,7 @@ def missing() -> list[str]:
 
 def calls(chain: str, requested: str, backend: str) -> Any:
     """The Calls of a chain on the `backend` that `requested` chose, made if need be; None without the extension."""
-    if not on or backend == "reference":
+    if not on or backend == "reference" or not torch_private.SHORT_WAY.works:
         return None
     if not _begun:
         _begin()
@@ -147,8 +146,8 @@ def _imported(path: str) -> Any:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    tensor, stream_of = torch.empty(0), getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    levels = vars(forward_ad)
-    setup = (torch.Tensor, torch.nn.Parameter, sorted(PLAIN_KEYS), _profiler_enabled, levels, stream_of, apply)
-    module.setup(tensor, *setup)  # type: ignore[attr-defined]
+    watchers = (torch_private.profiling, vars(forward_ad))
+    module.setup(  # type: ignore[attr-defined]
+        torch.empty(0), torch.Tensor, torch.nn.Parameter, sorted(PLAIN_KEYS), *watchers, apply
+    )
     return module

@@ -28,14 +28,11 @@ int64_t lead_of(PyObject* needs) {
 
 constexpr size_t MOST = 4096;  // calls of a chain; sizes may vary without end
 
+// The current stream's handle as a number; 0 on the CPU.
 int64_t stream_of(c10::Device device) {
     if (device.is_cpu()) return 0;
-    PyObject* index = PyLong_FromLong(device.index());
-    PyObject* stream = index ? PyObject_CallOneArg(python.stream_of, index) : nullptr;
-    Py_XDECREF(index);
-    const int64_t number = stream ? PyLong_AsLongLong(stream) : -1;
-    Py_XDECREF(stream);
-    return number;
+    const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+    return reinterpret_cast<int64_t>(stream.native_handle());
 }
 
 bool is_current(c10::Device device) {
@@ -75,7 +72,6 @@ PyObject* replay(CallsObject* self, int64_t lead, PyObject* const* objects, Py_s
     const c10::Device device = tensor_in(objects[0]).device();
     if (!is_current(device) || !call->allowed()) Py_RETURN_FALSE;
     const int64_t stream = stream_of(device);
-    if (PyErr_Occurred()) return nullptr;
     Tensors made;
     if (!call->run(objects, count, stream, made)) Py_RETURN_FALSE;
     return wrapped(call->results, forward, made);
@@ -215,13 +211,13 @@ PyTypeObject calls_type() {
 }
 PyTypeObject type = calls_type();
 
-// setup(tensor, tensor_class, parameter_class, plain_keys, profiling, levels, stream_of, apply); ImportError where
+// setup(tensor, tensor_class, parameter_class, plain_keys, profiling, levels, apply); ImportError where
 // torch keeps its tensors otherwise than PythonTensor says.
 PyObject* setup(PyObject*, PyObject* arguments) {
     PyObject *tensor, *keys;
     Python p = {};
-    if (!PyArg_ParseTuple(arguments, "OOOOOO!OO", &tensor, &p.tensor_class, &p.parameter_class, &keys, &p.profiling,
-                          &PyDict_Type, &p.levels, &p.stream_of, &p.apply)) {
+    if (!PyArg_ParseTuple(arguments, "OOOOOO!O", &tensor, &p.tensor_class, &p.parameter_class, &keys, &p.profiling,
+                          &PyDict_Type, &p.levels, &p.apply)) {
         return nullptr;
     }
     PyObject* address = PyObject_GetAttrString(tensor, "_cdata");
@@ -231,7 +227,7 @@ PyObject* setup(PyObject*, PyObject* arguments) {
     if (!as_expected) return PyErr_Format(PyExc_ImportError, "this torch keeps a tensor at another place");
     p.level = PyUnicode_InternFromString("_current_level");
     if (!append_numbers(keys, p.plain_keys)) return nullptr;
-    for (PyObject* kept : {p.tensor_class, p.parameter_class, p.profiling, p.levels, p.stream_of, p.apply}) {
+    for (PyObject* kept : {p.tensor_class, p.parameter_class, p.profiling, p.levels, p.apply}) {
         Py_INCREF(kept);
     }
     python = std::move(p);

@@ -32,7 +32,6 @@ struct Python {
     PyObject* profiling;       // () -> bool
     PyObject* levels;          // the globals of torch.autograd.forward_ad
     PyObject* level;           // "_current_level", of dual numbers
-    PyObject* stream_of;       // (device index) -> CUDA stream as a number; None without CUDA
     PyObject* apply;           // of the autograd.Function
     std::vector<uint64_t> plain_keys;  // the key sets of strided tensors in memory
 };

@@ -1,0 +1,197 @@
+"""Every private name of torch that dualop uses: the reason, and the public way that was tried instead.
+
+No other module imports a private name. Names that serve one purpose form a `Purpose`, which works as a whole or not at
+all: where this torch lacks one of its names, or where `dualop.autograd` finds that one behaves differently, the purpose
+is given up, a warning says so once, and its public fallback serves. Results stay right, calls become slower.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Name:
+    """A private name of torch: why it is needed, and which public way was tried instead."""
+
+    path: str
+    reason: str
+    instead: str
+
+
+@dataclass
+class Purpose:
+    """What some private names are for, and what serves in their place."""
+
+    text: str
+    fallback: str
+    names: list[Name] = field(default_factory=list)
+    why_not: str = ""
+
+    @property
+    def works(self) -> bool:
+        return not self.why_not
+
+    def give_up(self, why: str) -> None:
+        """Use the fallback from now on, and warn the first time."""
+        if self.works:
+            self.why_not = why
+            warnings.warn(
+                f"torch {torch.__version__}: {why}, so dualop does without {self.text}: {self.fallback}. "
+                "Results stay right. `dualop doctor` lists the tested versions of torch.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def name(self, path: str, reason: str, instead: str) -> Any:
+        """The value of the private name `path`, None where this torch lacks it."""
+        self.names.append(Name(path, reason, instead))
+        module, _, attribute = path.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError):
+            self.give_up(f"{path} is missing")
+            return None
+
+
+FUNCTION = Purpose(
+    "the autograd.Function as the op's own Autograd kernel",
+    "the Function is applied above the op, and torch.compile over torch.func is refused by torch",
+)
+after_autograd_keyset = FUNCTION.name(
+    "torch._C._after_autograd_keyset",
+    "a call that needs no gradient goes on below autograd, without a node",
+    "a second op without an Autograd kernel: nested transforms of torch.func then lose the outer gradient silently",
+)
+below_autograd = FUNCTION.name(
+    "torch._C._AutoDispatchBelowAutograd",
+    "the Function's forward enters the same op again, below autograd",
+    "a second op without an Autograd kernel, as above",
+)
+single_level_function = FUNCTION.name(
+    "torch.autograd.function._SingleLevelFunction",
+    "an op's Autograd kernel is called once for each level of torch.func, and makes a node of that level alone; its "
+    "apply also spares the 25 us that Function.apply of torch 2.13 takes to bind a signature",
+    "torch.autograd.Function.apply: it hands all levels over to functorch, which fails inside of a kernel",
+)
+single_level_allowed = FUNCTION.name(
+    "torch._functorch.utils.enable_single_level_autograd_function",
+    "torch refuses a single-level Function while a transform is active unless it is told to",
+    "none",
+)
+set_forward_mode_enabled = FUNCTION.name(
+    "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "apply switches forward mode off inside of forward, but outer levels of torch.func need it",
+    "torch.enable_grad, which switches reverse mode only: a gradient of a jvp is silently 0",
+)
+forward_mode_enabled = FUNCTION.name(
+    "torch._C._is_fwd_grad_enabled",
+    "the derivative of the backward op by forward mode takes another way, except inside of the Function's own jvp",
+    "forward_ad.unpack_dual, which shows tangents while forward mode is switched off, too",
+)
+peek_interpreter_stack = FUNCTION.name(
+    "torch._C._functorch.peek_interpreter_stack",
+    "whether the innermost transform of torch.func is a jvp",
+    "forward_ad.unpack_dual, which hands over to the outer levels when it is called in a kernel",
+)
+transform_type = FUNCTION.name("torch._C._functorch.TransformType", "the kind of that transform", "as above")
+
+SHORT_WAY = Purpose("the short way past the dispatcher", "each call goes through the dispatcher")
+dispatch_keys = SHORT_WAY.name(
+    "torch._C._dispatch_keys",
+    "a tensor's dispatch keys tell a plain one from a negated, batched, functional or zero tensor",
+    "is_neg(), is_conj() and the like: none shows batched, functional or lazily zero tensors",
+)
+dispatch_modes = SHORT_WAY.name(
+    "torch._C._len_torch_dispatch_stack",
+    "whether a TorchDispatchMode would see the op",
+    "none: torch.utils._python_dispatch is private as well",
+)
+profiling = SHORT_WAY.name(
+    "torch._C._autograd._profiler_enabled",
+    "whether the profiler wants a row of the op",
+    "none: torch.profiler does not say whether it is recording",
+)
+forward_levels = SHORT_WAY.name(
+    "torch.autograd.forward_ad._current_level",
+    "whether dual tensors may be about; the C++ of the short way reads it as well",
+    "forward_ad.unpack_dual of each tensor: a microsecond each, and no way to ask from C++",
+)
+del forward_levels  # a number that changes: `transformed` reads it anew
+
+transforms_active = SHORT_WAY.name(
+    "torch._C._are_functorch_transforms_active",
+    "whether a transform of torch.func is active",
+    "none: torch.func does not say whether a transform is active",
+)
+if transforms_active is None:
+    FUNCTION.give_up("torch._C._are_functorch_transforms_active is missing")
+
+DYNAMO = Purpose("telling Dynamo what not to look into", "torch.compile may trace more than it needs to")
+frame_strategy = DYNAMO.name(
+    "torch._C._dynamo.eval_frame._FrameExecStrategy",
+    "around a compiled function that broke off, Dynamo tries to compile every Python function that it meets",
+    "torch.compiler.disable, which imports all of Dynamo, some seconds, when dualop is imported",
+)
+frame_action = DYNAMO.name("torch._C._dynamo.eval_frame._FrameAction", "as above", "as above")
+set_frame_strategy = DYNAMO.name("torch._C._dynamo.eval_frame.set_code_exec_strategy", "as above", "as above")
+
+DTENSOR = Purpose("sharding rules for DTensor", "chains of DTensors run as torch's own functions")
+_SCHEMA_REASON = "a rule for an op with a list of results, whose length depends on which gradients are wanted"
+_SCHEMA_INSTEAD = (
+    "torch.distributed.tensor.experimental.register_sharding: it counts one result for a list, and its cache does not "
+    "see which gradients are wanted"
+)
+
+
+def skip_frames(functions: list[Callable[..., Any]]) -> None:
+    """Have Dynamo neither trace nor compile these Python functions when it meets them outside of a trace."""
+    if DYNAMO.works:
+        skip = frame_strategy(frame_action.SKIP, frame_action.SKIP)
+        for function in functions:
+            set_frame_strategy(function.__code__, skip)
+
+
+def as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Dynamo call the function while it traces, and take its answer as a constant.
+
+    torch.compiler.assume_constant_result sets the same attribute, and imports all of Dynamo. A torch that does not read
+    the attribute traces the function.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def single_level(function: type[torch.autograd.Function]) -> Any:
+    """The Function as a node of one level of torch.func, for an op's Autograd kernel; itself where torch lacks that."""
+    if not FUNCTION.works:
+        return function
+    names = ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")
+    own = {name: inspect.getattr_static(function, name) for name in names if hasattr(function, name)}
+    return type(function.__name__, (single_level_function,), own)
+
+
+def transformed() -> bool:
+    """Return True if a transform of torch.func is active or dual tensors may be about, or if torch does not say."""
+    return not SHORT_WAY.works or transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def sharding_names() -> tuple[Any, Any, Any] | None:
+    """(DTensor's propagator, RuntimeSchemaInfo, expand_to_full_mesh_op_strategy); None where this torch lacks one."""
+    DTENSOR.names.clear()
+    dtensor = DTENSOR.name("torch.distributed.tensor.DTensor", _SCHEMA_REASON, _SCHEMA_INSTEAD)
+    info = DTENSOR.name("torch.distributed.tensor._op_schema.RuntimeSchemaInfo", _SCHEMA_REASON, _SCHEMA_INSTEAD)
+    expand = DTENSOR.name(
+        "torch.distributed.tensor._ops.utils.expand_to_full_mesh_op_strategy", _SCHEMA_REASON, _SCHEMA_INSTEAD
+    )
+    propagator = getattr(getattr(dtensor, "_op_dispatcher", None), "sharding_propagator", None)
+    if propagator is None:
+        DTENSOR.give_up("torch.distributed.tensor.DTensor._op_dispatcher.sharding_propagator is missing")
+    return (propagator, info, expand) if DTENSOR.works else None

@@ -1,0 +1,19 @@
+"""The versions that dualop is tested with, as (major, minor). pyproject.toml and README name the same ones."""
+
+from __future__ import annotations
+
+import re
+
+TORCH = ((2, 11), (2, 13), (2, 14))
+TRITON = ((3, 6), (3, 8), (3, 9))
+
+
+def of(text: str) -> tuple[int, int]:
+    """Return (major, minor) of a version's text, (0, 0) of one that has none."""
+    numbers = re.match(r"(\d+)\.(\d+)", text)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
+def listed(tested: tuple[tuple[int, int], ...]) -> str:
+    """Return the versions as a person reads them: `2.11, 2.13, 2.14`."""
+    return ", ".join(f"{major}.{minor}" for major, minor in tested)
