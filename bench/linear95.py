@@ -178,7 +178,7 @@ def _timed(
 ) -> list[Row]:
     others: dict[str, nn.Module] = {}
     if compiled:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         others[COMPILED] = torch.compile(models[EAGER], dynamic=False)
     others[LINEAR] = models[EAGER].linear
     common = Row("", FORWARD, f"linear | {dualop.chain(DEFAULT_CHAIN)}", dtype, list(size))

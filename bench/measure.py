@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch._functorch import config as functorch_config
 
-from dualop import check, truth
+from dualop import check, torch_private, truth
 from dualop.bench import timing
 from dualop.bench.copying import copy_time, launch_time
 from dualop.bench.workloads import (
@@ -83,12 +82,12 @@ def measure(
     many rows of x.
     """
     if compiled:
-        torch._dynamo.reset()  # or the next shape would be compiled for all shapes
+        torch.compiler.reset()  # or the next shape would be compiled for all shapes
     rows: list[Row] = []
     functions = contestants(workload, list(backends), compiled, eager)
     if checked_rows is None:
         checked_rows = rows_to_check(workload)
-    with functorch_config.patch(donated_buffer=False):  # a compiled backward may otherwise run only once
+    with torch_private.kept_buffers():  # a compiled backward may otherwise run only once
         found = verdicts(workload, functions, seed, checked_rows, progress)
         for direction in (FORWARD, BACKWARD):
             rows += _rows(workload, direction, functions, found, seed, progress)

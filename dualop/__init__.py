@@ -69,8 +69,13 @@ class _Registration:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name in ("torch._export.serde", "torch._inductor"):
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            _watch_no_more()
             importlib.import_module("dualop.autograd")
+
+
+def _watch_no_more() -> None:
+    """Take the finder away: dualop.autograd is being imported, and may import from another thread meanwhile."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Registration)]
 
 
 if "torch" in sys.modules:

@@ -19,14 +19,20 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import is_tensor_like
 
-from dualop import chains, direct, distributed, native, registry, torch_private
-from dualop.autograd_kernel import below_function, differentiably, forward_mode
+import dualop
+from dualop import autograd_kernel, chains, direct, distributed, native, registry, torch_private, versions
+from dualop.autograd_kernel import below_function, differentiably, forward_mode, have_tangents
 from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.chains import Chain
 from dualop.layout import checked, device_of, validate
 from dualop.native import known
 from dualop.slopes import parse, slope
 from dualop.torch_private import FUNCTION, transforms_active
+
+dualop._watch_no_more()
+if versions.of(torch.__version__) not in versions.TORCH:
+    autograd_kernel.try_out()
+    direct.try_out()
 
 _LIBRARY = torch.library.Library("dualop", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -147,7 +153,8 @@ class ChainFunction(torch.autograd.Function):
         x, *operands = torch.broadcast_tensors(*[t.to(device) for t in ctx.saved_tensors])
         y = _forward_fake(x, operands, *ctx.arguments)
         arguments = (*ctx.arguments, [t is not None for t in tangents])
-        derivatives = _operate(_backward_op, arguments, (torch.ones_like(y), x, *operands))
+        with nullcontext() if FUNCTION.works else torch.enable_grad():
+            derivatives = _operate(_backward_op, arguments, (torch.ones_like(y), x, *operands))
         # Reverse over forward mode of one level needs the products in its graph, functorch has a level for each.
         with below_function() if FUNCTION.works and transforms_active() else nullcontext():
             terms = [d * t for d, t in zip(derivatives, [t for t in tangents if t is not None], strict=True)]
@@ -155,23 +162,24 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
-        # Where the Function is applied above the op; else the op's own rules serve.
-        dims = in_dims[2:]
-        if op is _forward_op:
-            return _forward_vmap(info, (dims[0], dims[1:]), tensors[0], tensors[1:], *arguments)
-        found, places = _backward_vmap(info, (*dims[:2], dims[2:]), *tensors[:2], tensors[2:], *arguments)
-        return tuple(found), tuple(places)
+        # Where the Function is applied above the forward op; else the ops' own rules serve.
+        return _forward_vmap(info, (in_dims[2], in_dims[3:]), tensors[0], tensors[1:], *arguments)
 
 
 def _operate(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
     """The op's result, with whatever derivatives and transforms are wanted.
 
     The op's own Autograd kernel sees to them. Without the private names that this takes, the Function is applied above
-    the op in the public way. Dynamo refuses a Function with a jvp, but traces the op.
+    the forward op in the public way (Dynamo refuses a Function with a jvp, but traces the op), and a gradient that may
+    be differentiated again is made of torch's own functions.
     """
     if FUNCTION.works or is_compiling():
         return _call(op, arguments, tensors)
-    return ChainFunction.apply(op, arguments, *tensors)
+    if op is _forward_op:
+        return ChainFunction.apply(op, arguments, *tensors)
+    if torch.is_grad_enabled() or have_tangents(tensors):
+        return _reference_gradients(*arguments)(*tensors)
+    return _call(op, arguments, tensors)
 
 
 def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
@@ -275,7 +283,7 @@ def _forward_vmap(
     info: Any, dims: tuple[Any, ...], x: Tensor, operands: Sequence[Tensor], chain: str, backend: str
 ) -> tuple[Tensor, int]:
     tensors, places = (x, *operands), (dims[0], *_operand_dims(dims[1], operands))
-    # A number a sample promotes as a number does, though all samples' numbers lie in one tensor. There may be no sample.
+    # A number a sample promotes as a number does, though all samples' numbers, if any, lie in one tensor.
     sample = [t if d is None else t.new_empty(t.movedim(d, 0).shape[1:]) for t, d in zip(tensors, places, strict=True)]
     x, *operands = _batched(tensors, places)
     return _operate(_forward_op, (chain, backend), (x, *operands)).to(result_dtype(sample[0], sample[1:])), 0

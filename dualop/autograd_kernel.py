@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dualop import torch_private, versions
+from dualop import torch_private
 from dualop.torch_private import FUNCTION, transforms_active
 
 
@@ -62,6 +62,8 @@ def forward_mode(tensors: Sequence[Tensor]) -> bool:
 
 def try_out() -> None:
     """Give up FUNCTION if an op made of its names has wrong derivatives. Imports all of torch.func, some seconds."""
+    if not FUNCTION.works:
+        return
     with ThreadPoolExecutor(1) as pool:  # the calling thread may be inside of a mode or a transform
         error = pool.submit(_error_of_trial).result()
     if error:
@@ -76,8 +78,9 @@ def _error_of_trial() -> str:
     return "" if found == EXPECTED else f"a trial of the private names gave {found} for {EXPECTED}"
 
 
-# f(x) = x * x^2 at 3 with x^2 as the op: f'' by reverse over reverse, by forward over reverse; f' by each mode alone.
-EXPECTED = [18.0, 18.0, 27.0, 27.0, 27.0]
+# f(x) = x * x^2 at 3 with x^2 as the op: f'' by reverse over reverse, by forward over reverse; f' by each mode alone;
+# and whether the op is differentiated by forward mode where it is, and where it is not.
+EXPECTED = [18.0, 18.0, 27.0, 27.0, 27.0, 1.0, 0.0]
 
 
 def _trial() -> list[Tensor]:
@@ -106,7 +109,10 @@ def _trial() -> list[Tensor]:
 
     apply = torch_private.single_level(Square).apply
 
+    modes: list[bool] = []
+
     def kernel(keyset: Any, x: Tensor) -> Tensor:
+        modes.append(forward_mode((x,)))
         return differentiably(keyset, lambda: apply(x), lambda below: op.redispatch(below, x), (x,))
 
     library.impl("square", torch.square, "CPU")
@@ -118,8 +124,9 @@ def _trial() -> list[Tensor]:
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, one))).tangent
     (by_autograd,) = torch.autograd.grad(f(leaf), leaf)
-    return [torch.func.grad(first)(x), torch.func.jvp(first, (x,), (one,))[1], first(x), by_autograd, tangent]
-
-
-if FUNCTION.works and versions.of(torch.__version__) not in versions.TORCH:
-    try_out()
+    found = [torch.func.grad(first)(x), torch.func.jvp(first, (x,), (one,))[1], first(x), by_autograd, tangent]
+    for transform in (lambda: torch.func.jvp(op, (x,), (one,)), lambda: torch.func.grad(op)(x)):
+        modes.clear()
+        transform()
+        found.append(torch.tensor(float(modes[0])))
+    return found

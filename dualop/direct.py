@@ -17,7 +17,7 @@ import torch
 from torch import DispatchKey, DispatchKeySet, Tensor
 from torch.overrides import has_torch_function
 
-from dualop import registry, torch_private, versions
+from dualop import registry, torch_private
 from dualop.native.record import recorded
 from dualop.slopes import parse
 from dualop.torch_private import SHORT_WAY
@@ -64,6 +64,8 @@ def try_out() -> None:
 
     The profiler is left out: starting it takes long, and without it nothing but a row of a profile would be missing.
     """
+    if not SHORT_WAY.works:
+        return
     with ThreadPoolExecutor(1) as pool:  # the calling thread may be watched itself
         seen = pool.submit(_unseen_watcher).result()
     if seen:
@@ -120,7 +122,3 @@ def backward(
         return backend.backward(chain, gy, tensors[0], tensors[1:], needs)
     call = lambda: backend.backward(chain, gy, tensors[0], tensors[1:], needs)
     return recorded(calls, (gy, *tensors), needs, call)
-
-
-if SHORT_WAY.works and versions.of(torch.__version__) not in versions.TORCH:
-    try_out()

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +144,13 @@ frame_strategy = DYNAMO.name(
 frame_action = DYNAMO.name("torch._C._dynamo.eval_frame._FrameAction", "as above", "as above")
 set_frame_strategy = DYNAMO.name("torch._C._dynamo.eval_frame.set_code_exec_strategy", "as above", "as above")
 
+BENCH = Purpose("timing a compiled backward more than once", "torch may refuse to time a compiled backward")
+functorch_setting = BENCH.name(
+    "torch._functorch.config.patch",
+    "a compiled backward gives its buffers away unless donated_buffer is off, and may then run once only",
+    "retain_graph=True, which torch refuses for a graph with donated buffers",
+)
+
 DTENSOR = Purpose("sharding rules for DTensor", "chains of DTensors run as torch's own functions")
 _SCHEMA_REASON = "a rule for an op with a list of results, whose length depends on which gradients are wanted"
 _SCHEMA_INSTEAD = (
@@ -176,6 +184,11 @@ def single_level(function: type[torch.autograd.Function]) -> Any:
     names = ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")
     own = {name: inspect.getattr_static(function, name) for name in names if hasattr(function, name)}
     return type(function.__name__, (single_level_function,), own)
+
+
+def kept_buffers() -> AbstractContextManager[Any]:
+    """Within it, functions compile to backwards that may run more than once."""
+    return functorch_setting(donated_buffer=False) if BENCH.works else nullcontext()
 
 
 def transformed() -> bool:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,18 +15,24 @@ import torch
 from dualop import torch_private, versions
 
 ROOT = Path(__file__).parents[1]
-NAMES = sorted({n.path for p in (torch_private.FUNCTION, torch_private.SHORT_WAY, torch_private.DYNAMO) for n in p.names})
-CALLS = {  # a name that is still there and behaves otherwise, as torch 2.14 had it with Function.apply
-    "single_level_function": "class Other(torch.autograd.Function): pass\ntarget = Other",
-    "set_fwd_grad_enabled": "import contextlib\ntarget = lambda mode: contextlib.nullcontext()",
-    "len_torch_dispatch_stack": "target = lambda: 0",
-    "are_functorch_transforms_active": "target = lambda: False",
+AT_IMPORT = (torch_private.FUNCTION, torch_private.SHORT_WAY, torch_private.DYNAMO)
+NAMES = sorted({name.path for purpose in AT_IMPORT for name in purpose.names})
+# Names that are still there and behave otherwise.
+OTHERWISE = {
+    "torch.autograd.function._SingleLevelFunction": "target = torch.autograd.Function",  # as if apply were functorch's
+    "torch.autograd.forward_ad._set_fwd_grad_enabled": "import contextlib; target = lambda m: contextlib.nullcontext()",
+    "torch._C._functorch.peek_interpreter_stack": "def target(): raise TypeError('gone')",
+    "torch._C._len_torch_dispatch_stack": "target = lambda: 0",
+    "torch._C._are_functorch_transforms_active": "target = lambda: False",
+    "torch._C._dispatch_keys": "target = lambda t: kept(torch.ones(1))",
 }
 
 # Runs with a name of torch taken away, or replaced, while dualop is imported. Everything is compared with torch's own.
 SCRIPT = """
+import dualop  # before torch, so that nothing of it looks for names yet
+from dualop import versions
 import sys, warnings
-import torch, torch.nn.functional as F
+import torch, torch.utils.flop_counter, torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import grad, vmap, jvp, jacrev, hessian
 
@@ -46,16 +51,11 @@ else:
     delattr(owner, name)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    from dualop import versions
     if change:
         versions.TORCH = ()  # a torch that nobody has tested: its names are tried out
-        import torch._C
-        # dualop alone meets the other behaviour: torch keeps its own.
-        from dualop import torch_private
-        setattr(owner, name, kept)
+    from dualop import torch_private
+    setattr(owner, name, kept)  # torch itself keeps its name
     import dualop, dualop.autograd
-if not change:
-    setattr(owner, name, kept)
 texts = [str(w.message) for w in said if issubclass(w.category, RuntimeWarning)]
 assert len(texts) == len(set(texts)) and any(f"torch {torch.__version__}" in t for t in texts), texts
 if not change:
@@ -107,7 +107,7 @@ print("right")
 
 def _run(path: str, change: str = "") -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "import torch.utils.flop_counter\n" + SCRIPT, path, change]
+    command = [sys.executable, "-c", SCRIPT, path, change]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("right\n"), done.stderr[-3000:]
 
@@ -117,9 +117,14 @@ def test_without_a_name_everything_is_right_and_a_warning_says_so(path: str) -> 
     _run(path)
 
 
+@pytest.mark.parametrize("path", OTHERWISE)
+def test_with_a_name_that_behaves_otherwise_everything_is_right_and_a_warning_says_so(path: str) -> None:
+    _run(path, OTHERWISE[path])
+
+
 def test_each_name_has_its_reason_and_what_was_tried_instead() -> None:
     torch_private.sharding_names()
-    for purpose in (torch_private.FUNCTION, torch_private.SHORT_WAY, torch_private.DYNAMO, torch_private.DTENSOR):
+    for purpose in (*AT_IMPORT, torch_private.DTENSOR, torch_private.BENCH):
         assert purpose.works and purpose.text and purpose.fallback, purpose.why_not
         assert purpose.names and all(n.reason and n.instead for n in purpose.names)
     assert len(NAMES) >= 15
@@ -128,8 +133,8 @@ def test_each_name_has_its_reason_and_what_was_tried_instead() -> None:
 def test_no_other_module_has_a_private_name() -> None:
     """Names with an underscore of `torch` and its modules, imported or read, in the library and in the bench."""
     found = []
-    for file in [*(ROOT / "dualop").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), *(ROOT / "triton_kernels").glob("*")]:
-        if file.suffix != ".py" or file.name == "torch_private.py" or "capabilities" in file.parts:
+    for file in [file for folder in ("dualop", "bench", "triton_kernels") for file in (ROOT / folder).rglob("*.py")]:
+        if file.name == "torch_private.py" or "capabilities" in file.parts:
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             text = ""
@@ -145,10 +150,11 @@ def test_no_other_module_has_a_private_name() -> None:
 
 
 def test_the_tested_versions_are_named_alike_everywhere() -> None:
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        said = tomllib.load(file)["tool"]["dualop"]
-    assert [versions.of(v) for v in said["tested-torch"]] == list(versions.TORCH)
-    assert [versions.of(v) for v in said["tested-triton"]] == list(versions.TRITON)
+    project = (ROOT / "pyproject.toml").read_text()
+    for name, tested in (("torch", versions.TORCH), ("triton", versions.TRITON)):
+        (said,) = re.findall(rf"^tested-{name} = \[(.+)\]$", project, re.MULTILINE)
+        assert tuple(versions.of(v) for v in re.findall(r'"(.+?)"', said)) == tested
     readme = (ROOT / "README.md").read_text()
-    assert f"torch {versions.listed(versions.TORCH)}" in readme and f"triton {versions.listed(versions.TRITON)}" in readme
+    assert f"torch {versions.listed(versions.TORCH)}" in readme
+    assert f"triton {versions.listed(versions.TRITON)}" in readme
     assert versions.of(torch.__version__) in versions.TORCH
