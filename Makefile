@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 # Installed only where the venv sees no torch; a GPU build that is there already stays.
-TORCH  ?= torch==2.13.0
+TORCH  ?= 2.13.0
 CHECK  ?=
 BENCH  ?= --backend all
 PYTEST ?= -n 2 --dist worksteal
@@ -16,13 +16,22 @@ RUNTIME  := $(VENV)/.runtime-$(KEY)
 TESTING  := $(VENV)/.testing-$(KEY)
 TRITON36 := .venv-triton36
 
+# `make test-torch TORCH=VERSION` runs these in a venv of their own: all that depends on torch and not on the kernels.
+VERSIONED      := .venv-torch-$(TORCH)
+VERSIONED_KEY  := $(VERSIONED)/.installed-$(KEY)
+ROWS_OF_TORCH  := $(addprefix tests/test_,autograd.py calls.py capabilities.py direct.py distributed.py native.py nn.py \
+                    opinfo.py registration.py second.py strides.py torch_private.py wrapped.py)
+
 export DUALOP_CACHE_DIR ?= $(CURDIR)/.cache/dualop
 
-.PHONY: test test-gpu bench lint venv clean
+.PHONY: test test-torch test-gpu bench lint venv clean
 .DEFAULT_GOAL := test
 
 test: lint $(TRITON36)/.installed
 	DUALOP_INTERPRET=1 DUALOP_TRITON36=$(CURDIR)/$(TRITON36) $(PY) -m pytest $(PYTEST) -m "not gpu"
+
+test-torch: $(VERSIONED_KEY)
+	DUALOP_INTERPRET=1 $(VERSIONED)/bin/python -m pytest $(PYTEST) -m "not gpu" $(ROWS_OF_TORCH)
 
 # For a machine with a GPU where nothing can be installed: the python3 that is there, no venv.
 test-gpu:
@@ -42,7 +51,7 @@ venv: $(TESTING)
 # torch. Where that python3 is a venv's own, --system-site-packages means the packages below it, hence the .pth file.
 $(RUNTIME): | pyproject.toml
 	@$(PY) -c "" 2>/dev/null || $(MAKE) --no-print-directory fresh-venv
-	@$(PY) -c "import torch" 2>/dev/null || { echo "installing $(TORCH)"; $(PIP) install "$(TORCH)"; }
+	@$(PY) -c "import torch" 2>/dev/null || { echo "installing torch $(TORCH)"; $(PIP) install "torch==$(TORCH)"; }
 	@echo "installing dualop and what it needs"
 	@$(PIP) install "setuptools>=77"
 	@$(PIP) install --no-build-isolation -e .
@@ -70,6 +79,13 @@ $(TRITON36)/.installed: | $(RUNTIME)
 	@$(PIP) install --no-deps --target $(TRITON36) triton==3.6.0
 	@touch $@
 
+$(VERSIONED_KEY): | pyproject.toml
+	@echo "making $(VERSIONED) with torch $(TORCH)"
+	@$(PYTHON) -m venv --clear $(VERSIONED)
+	@$(VERSIONED)/bin/python -m pip --disable-pip-version-check -qq install "torch==$(TORCH)" "setuptools>=77"
+	@$(VERSIONED)/bin/python -m pip --disable-pip-version-check -qq install --no-build-isolation -e ".[test]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(TRITON36) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* $(TRITON36) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -33,12 +33,13 @@ _HOME = {
     "set_backend": "dualop.registry",
     "use_backend": "dualop.registry",
 }
-_MODULES = ("autograd", "backends", "check", "emit", "errors", "nn", "registry", "stages")
+_MODULES = ("autograd", "backends", "check", "emit", "errors", "export", "nn", "registry", "stages")
 
-__all__ = [*_HOME, "errors", "nn", "stages"]
+__all__ = [*_HOME, "errors", "export", "nn", "stages"]
 
 if TYPE_CHECKING:
     from dualop import errors as errors
+    from dualop import export as export
     from dualop import nn as nn
     from dualop import stages as stages
     from dualop.backends.reference import reference as reference

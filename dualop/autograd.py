@@ -95,7 +95,18 @@ def _backward_fake(
 ) -> list[Tensor]:
     y = _forward_fake(x, operands, chain, backend)
     wanted = [t for t, need in zip((x, *operands), needs, strict=True) if need]
-    return [torch.empty_like(y, dtype=t.dtype) if t.shape == y.shape else t.new_empty(t.shape) for t in wanted]
+    return [torch.empty_like(y, dtype=t.dtype) if _same_shape(t, y) else t.new_empty(t.shape) for t in wanted]
+
+
+def _same_shape(t: Tensor, y: Tensor) -> bool:
+    """Whether they have one shape, as far as is known of symbolic sizes."""
+    if t.dim() != y.dim():
+        return False
+    if all(type(n) is int for n in (*t.shape, *y.shape)):
+        return t.shape == y.shape
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which has been imported by then
+
+    return all(statically_known_true(a == b) for a, b in zip(t.shape, y.shape, strict=True))
 
 
 class ChainFunction(torch.autograd.Function):

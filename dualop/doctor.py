@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dualop
-from dualop import build, probe
+from dualop import build, probe, versions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -131,11 +131,6 @@ def _error(facts: dict[str, Any], step: str) -> str:
     return str(fact.get("error", "")) if isinstance(fact, dict) else ""
 
 
-def _version(text: str) -> tuple[int, int]:
-    numbers = re.match(r"(\d+)\.(\d+)", text)
-    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-
-
 def _gpu_rows(facts: dict[str, Any], listed: list[dict[str, str]]) -> Iterator[Row]:
     gpus = facts.get("gpus")
     if isinstance(gpus, list) and gpus:
@@ -191,8 +186,20 @@ def _torch_rows(facts: dict[str, Any]) -> Iterator[Row]:
         return
     torch = facts["torch"]
     kind = f"built for CUDA {torch['cuda']}" if torch["cuda"] else "CPU build"
-    old = "dualop needs torch 2.11 or newer" if _version(torch["version"]) < (2, 11) else ""
-    yield Row("torch", f"{torch['version']}, {kind}, {Path(torch['file']).parent}", old)
+    yield Row("torch", f"{torch['version']}, {kind}, {Path(torch['file']).parent}", _tested("torch", torch["version"]))
+    private = facts.get("private")
+    for without in private if isinstance(private, list) else ():
+        yield Row("torch", without, f"install a tested version: torch {versions.listed(versions.TORCH)}")
+
+
+def _tested(package: str, version: str) -> str:
+    """What to do about a version that is too old or not tested, or ""."""
+    tested = {"torch": versions.TORCH, "triton": versions.TRITON}[package]
+    if versions.of(version) < tested[0]:
+        return f"dualop needs {package} {versions.listed(tested[:1])} or newer"
+    if versions.of(version) in tested:
+        return ""
+    return f"not tested; tested are {versions.listed(tested)}"
 
 
 def _triton_rows(facts: dict[str, Any]) -> Iterator[Row]:
@@ -200,8 +207,7 @@ def _triton_rows(facts: dict[str, Any]) -> Iterator[Row]:
         yield Row("triton", error, "for the triton backend: pip install 'triton>=3.6'")
         return
     triton = facts["triton"]
-    old = "dualop needs triton 3.6 or newer" if _version(triton["version"]) < (3, 6) else ""
-    yield Row("triton", f"{triton['version']}, {Path(triton['file']).parent}", old)
+    yield Row("triton", f"{triton['version']}, {Path(triton['file']).parent}", _tested("triton", triton["version"]))
 
 
 def _find_nvcc() -> Path | None:
@@ -219,7 +225,7 @@ def _tool_rows(tools: dict[str, probe.Tool], facts: dict[str, Any]) -> Iterator[
         elif tool.problem:
             yield Row(name, f"{tool.path}: {tool.problem}", f"it does not work; {MISSING[name]}")
         else:
-            old = name == "nvcc" and _version(tool.version) < first
+            old = name == "nvcc" and versions.of(tool.version) < first
             advice = f"compute capability {major}.x needs a CUDA toolkit {first[0]}.{first[1]} or newer" if old else ""
             yield Row(name, f"{tool.version or 'unknown version'}, {tool.path}", advice)
 

@@ -185,9 +185,9 @@ def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
         if tensor.layout is not torch.strided:
             raise LayoutError(f"{name} is {str(tensor.layout).removeprefix('torch.')}; call its .to_dense()")
     tensors = (x, *operands)
-    # Symbolic sizes, as a tracer has them, have no hash.
+    # Symbolic sizes may be unknown, and then not be compared: the ops' fake kernels have torch broadcast them.
     known = not torch.compiler.is_compiling() and all(type(n) is int for t in tensors for n in t.shape)
-    if not (_known_to_broadcast if known else _broadcast)(*[t.shape for t in tensors]):
+    if known and not _broadcast(*[t.shape for t in tensors]):
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(("x", *names), tensors, strict=True))
         raise ShapeError(f"shapes do not broadcast together: {shapes}")
     device_of(x, operands)
@@ -212,16 +212,14 @@ CHECKED = 4096
 _checked: dict[tuple[Any, ...], torch.device] = {}
 
 
+@lru_cache(maxsize=4096)
 def _broadcast(*shapes: Sequence[int]) -> bool:
-    """Whether they do. torch.broadcast_shapes says so by an exception, which compiled code cannot catch."""
-    for last in range(1, max(len(shape) for shape in shapes) + 1):
-        wide = [shape[-last] for shape in shapes if last <= len(shape) and shape[-last] != 1]
-        if any(size != wide[0] for size in wide):
-            return False
+    """Return True if the shapes broadcast together."""
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return False
     return True
-
-
-_known_to_broadcast = lru_cache(maxsize=4096)(_broadcast)
 
 
 @lru_cache(maxsize=4096)

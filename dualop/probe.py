@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ _MARK = "dualop-probe "
 def facts() -> dict[str, Any]:
     """The answers of `answer_all` in a child of this Python with this sys.path.
 
-    Keys "torch", "gpus", "triton", "backends", "tuned", "native"; a step that failed has `{"error": why}` instead, and
-    so has the one in which the child died; the steps after that one are missing.
+    The keys are those of STEPS. A step that failed has `{"error": why}` instead, and so has the one in which the child
+    died; the steps after that one are missing.
     """
     script = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from dualop import probe; probe.answer_all()"
     status, out, err = run([sys.executable, "-c", script, json.dumps(sys.path)], FACTS_SECONDS)
@@ -66,6 +67,16 @@ def _torch() -> dict[str, Any]:
     import torch
 
     return {"version": str(torch.__version__), "cuda": torch.version.cuda, "file": torch.__file__}
+
+
+def _private() -> list[str]:
+    """What dualop does without, since this torch has other private names."""
+    from dualop import torch_private
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import dualop.autograd  # noqa: F401  (tries the names out on a torch that is not tested)
+    return [f"{p.why_not}; {p.fallback}" for p in torch_private.PURPOSES if not p.works]
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -121,6 +132,7 @@ STEPS: dict[str, Callable[[], Any]] = {
     "gpus": _gpus,
     "triton": _triton,
     "backends": _backends,
+    "private": _private,
     "tuned": _tuned,
     "native": _native,
 }

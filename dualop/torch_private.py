@@ -152,6 +152,7 @@ functorch_setting = BENCH.name(
 )
 
 DTENSOR = Purpose("sharding rules for DTensor", "chains of DTensors run as torch's own functions")
+PURPOSES = (FUNCTION, SHORT_WAY, DYNAMO, BENCH, DTENSOR)
 _SCHEMA_REASON = "a rule for an op with a list of results, whose length depends on which gradients are wanted"
 _SCHEMA_INSTEAD = (
     "torch.distributed.tensor.experimental.register_sharding: it counts one result for a list, and its cache does not "

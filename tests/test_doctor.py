@@ -213,6 +213,19 @@ def test_old_versions(without_probe):
     assert "2.11" in report["torch"].advice and "3.6" in report["triton"].advice
 
 
+def test_versions_that_are_not_tested_are_marked(without_probe):
+    without_probe["torch"]["version"], without_probe["triton"]["version"] = "2.14.1+cu130", "3.8.0"
+    report = doctor.examine()
+    assert not report["torch"].advice and not report["triton"].advice
+    without_probe["torch"]["version"], without_probe["triton"]["version"] = "2.99.0", "3.99.0"
+    without_probe["private"] = ["torch._C._x is missing; calls are slower"]
+    report = doctor.examine()
+    assert report["torch"].advice == "not tested; tested are 2.11, 2.13, 2.14"
+    assert report["triton"].advice == "not tested; tested are 3.6, 3.8, 3.9"
+    (lacking,) = [row for row in report.rows if row.found == "torch._C._x is missing; calls are slower"]
+    assert lacking.item == "torch" and "install a tested version" in lacking.advice
+
+
 def test_a_gpu(without_probe, bin_folder, monkeypatch):
     monkeypatch.setattr(probe, "nvidia_smi", NVIDIA_SMI)
     bin_folder("nvidia-smi", "echo 'NVIDIA H200, 580.1.2'")

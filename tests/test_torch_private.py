@@ -124,7 +124,7 @@ def test_with_a_name_that_behaves_otherwise_everything_is_right_and_a_warning_sa
 
 def test_each_name_has_its_reason_and_what_was_tried_instead() -> None:
     torch_private.sharding_names()
-    for purpose in (*AT_IMPORT, torch_private.DTENSOR, torch_private.BENCH):
+    for purpose in torch_private.PURPOSES:
         assert purpose.works and purpose.text and purpose.fallback, purpose.why_not
         assert purpose.names and all(n.reason and n.instead for n in purpose.names)
     assert len(NAMES) >= 15

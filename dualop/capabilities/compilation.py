@@ -55,6 +55,30 @@ def without_gradients(case: Case) -> None:
             same(compiled(case.chain)(x, a), written_out(x, a))
 
 
+def data_dependent_sizes(case: Case) -> None:
+    """compiled, sizes that depend on data: f(x[mask], a), with and without operands that broadcast along them"""
+    x, a = case.tensors((8, 5), (5,))
+    mask = torch.arange(8, device=x.device) % 3 > 0
+
+    def masked(f: Any) -> Any:
+        return lambda x, a: (f(x[mask], a), f(x[mask], a[:1, None]), f(x[mask], x[mask]))
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found, expected = compiled(masked(case.chain))(x, a), masked(written_out)(x, a)
+        same(found, expected)
+        same(*[grad(sum(y.square().sum() for y in ys), (x, a)) for ys in (found, expected)])
+        alone = dualop.chain("gelu")
+        same(compiled(lambda x: alone(x[mask], backend=case.backend))(x), torch.nn.functional.gelu(x[mask]))
+
+
+def unbacked_sizes(case: Case) -> None:
+    """compiled, sizes that mark_unbacked hides from the compiler"""
+    x, a = case.tensors((8, 5), (5,), grad=False)
+    unknown = x.clone()
+    torch._dynamo.decorators.mark_unbacked(unknown, 0)
+    same(compiled(case.chain)(unknown, a), written_out(x, a))
+
+
 def one_node(case: Case) -> None:
     """compiled, the op is one node forward and one backward, with nothing around it"""
     graphs: list[list[Any]] = []

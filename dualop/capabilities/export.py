@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import subprocess
 import sys
@@ -61,6 +62,39 @@ def exported_decomposed(case: Case) -> None:
     torch.export.save(program.run_decompositions(), file)
     file.seek(0)
     same(torch.export.load(file).module()(x[:3]), model(x[:3]))
+
+
+def exported_data_dependent(case: Case) -> None:
+    """torch.export, strict and not, with sizes that depend on data"""
+
+    class Masked(torch.nn.Module):
+        def forward(self, x: Tensor, mask: Tensor, a: Tensor) -> Tensor:
+            return case.chain(x[mask], a)
+
+    x, a = case.tensors((8, 5), (5,), grad=False)
+    mask = torch.arange(8, device=x.device) % 3 > 0
+    for strict in (False, True):
+        module = torch.export.export(Masked(), (x, mask, a), strict=strict).module()
+        same(module(x, ~mask, a), written_out(x[~mask], a))
+
+
+@slow
+def onnx(case: Case) -> None:
+    """ONNX by torch.onnx.export(dynamo=True), as the functions of the reference (README: dualop.export)"""
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        raise Skip("needs the packages onnx and onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    from dualop.export import decompositions
+
+    program, model, x = _exported(case)
+    plain = program.run_decompositions(decompositions())
+    assert not [n for n in plain.graph.nodes if "dualop" in str(n.target)]
+    written: Any = torch.onnx.export(plain, dynamo=True, verbose=False)
+    evaluator = ReferenceEvaluator(written.model_proto)
+    for rows in (x, x[:3]):
+        (found,) = evaluator.run(None, {written.model_proto.graph.input[0].name: rows.cpu().numpy()})
+        same(torch.from_numpy(found), model(rows).detach().cpu(), 1e-6)
 
 
 @slow

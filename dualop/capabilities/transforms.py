@@ -102,6 +102,18 @@ def vmap_forms(case: Case) -> None:
     case.agree(lambda f: vmap(f, in_dims=(0, None), chunk_size=3)(x, a))
 
 
+def vmap_of_nothing(case: Case) -> None:
+    """vmap over a batch of size 0, and over samples that are empty; their gradients"""
+    for shapes in (((0, 4, 5), (5,)), ((0, 4, 5), (0, 5)), ((3, 0, 5), (3, 5)), ((2, 4, 0), (0,)), ((0,), (0,))):
+        x, a = case.tensors(*shapes)
+        dims = (0, 0 if len(shapes[1]) > 1 or shapes[0] == (0,) else None)
+        case.agree(lambda f, x=x, a=a, dims=dims: vmap(f, dims)(x, a))  # type: ignore[misc]
+        case.agree(lambda f, x=x, a=a, dims=dims: vmap(fgrad(_square(f), (0, 1)), dims)(x, a))  # type: ignore[misc]
+    x, a = case.tensors((4, 0), (0,))
+    case.agree(lambda f: jacrev(f)(x, a))
+    case.agree(lambda f: jacfwd(f)(x, a))
+
+
 def vmap_of_operand(case: Case) -> None:
     """vmap: the operand batched and x not, operands of different ranks"""
     x, a, many = case.tensors((4, 5), (5,), (2, 4, 1))
