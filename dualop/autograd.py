@@ -29,8 +29,9 @@ from torch.overrides import is_tensor_like
 
 from dualop import chains, direct, distributed, native, registry
 from dualop.backends.reference import reference_gradients, result_dtype
+from dualop.calls import backward_chain, check_gradient, forward_chain
 from dualop.chains import Chain
-from dualop.layout import checked, device_of, validate
+from dualop.layout import checked, device_of, layout, validate
 from dualop.native import known
 from dualop.slopes import parse, slope
 
@@ -70,19 +71,27 @@ def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -
 
 
 def _forward(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
-    parsed = parse(chain)
-    return registry.resolve(backend, parsed, device_of(x, operands)).forward(parsed, x, operands)
+    parsed = forward_chain(operands, chain, backend)
+    device = checked((x, *operands), parsed.operands)
+    return registry.resolve(backend, parsed, device).forward(parsed, x, operands)
 
 
 def _backward(
     gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
-    parsed = parse(chain)
-    chosen = registry.resolve(backend, parsed, device_of(x, operands))
+    parsed = backward_chain(operands, chain, backend, needs)
+    device = checked((x, *operands), parsed.operands)
+    check_gradient(gy, layout(x, operands).shape, device)
+    chosen = registry.resolve(backend, parsed, device)
     return chosen.backward(parsed, gy, x, operands, needs)
 
 
 def _forward_fake(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
+    forward_chain(operands, chain, backend)
+    return _result_fake(x, operands)
+
+
+def _result_fake(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
     y = x
     for operand in operands:
         y = y + operand
@@ -92,7 +101,9 @@ def _forward_fake(x: Tensor, operands: Sequence[Tensor], chain: str, backend: st
 def _backward_fake(
     gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
-    y = _forward_fake(x, operands, chain, backend)
+    backward_chain(operands, chain, backend, needs)
+    y = _result_fake(x, operands)
+    check_gradient(gy, y.shape, y.device)
     wanted = [t for t, need in zip((x, *operands), needs, strict=True) if need]
     return [torch.empty_like(y, dtype=t.dtype) if t.shape == y.shape else t.new_empty(t.shape) for t in wanted]
 
@@ -148,10 +159,10 @@ class ChainFunction(torch.autograd.Function):
     def jvp(ctx: Any, _op: None, _arguments: None, *tangents: Tensor | None) -> Tensor:
         # Of the forward op only: see _backward_autograd.
         # The chain is pointwise: with every input at the result's shape, the gradients of its sum are the derivatives.
-        dtype = _forward_fake(ctx.saved_tensors[0], ctx.saved_tensors[1:], *ctx.arguments).dtype
+        dtype = _result_fake(ctx.saved_tensors[0], ctx.saved_tensors[1:]).dtype
         device = device_of(ctx.saved_tensors[0], ctx.saved_tensors[1:])  # a number may lie on the CPU
         x, *operands = torch.broadcast_tensors(*[t.to(device) for t in ctx.saved_tensors])
-        y = _forward_fake(x, operands, *ctx.arguments)
+        y = _result_fake(x, operands)
         derivatives = _backward_op(torch.ones_like(y), x, operands, *ctx.arguments, [t is not None for t in tangents])
         # Reverse over forward mode of one level needs the products in its graph, functorch has a level for each.
         with _outer_levels() if _are_functorch_transforms_active() else nullcontext():
@@ -223,6 +234,7 @@ def _backward_autograd(
     keyset: Any, gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
     arguments = (chain, backend, list(needs))
+    backward_chain(operands, *arguments)
     if _forward_mode():
         return list(_reference_gradients(*arguments)(gy, x, *operands))
     return list(_differentiably(keyset, _backward_op, arguments, gy, x, *operands))
@@ -268,6 +280,7 @@ def _backward_vmap(
     backend: str,
     needs: Sequence[bool],
 ) -> tuple[list[Tensor], list[int]]:
+    backward_chain(operands, chain, backend, needs)
     inputs = (x, *operands)
     shapes = [
         t.shape if d is None else t.movedim(d, 0).shape[1:]
@@ -298,7 +311,7 @@ chains._run = run
 # Around a compiled function that broke off, Dynamo tries to compile each Python function that it meets: not these.
 _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
 for _kernel in (
-    *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake),
+    *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake, _result_fake),
     *(_forward_vmap, _backward_vmap, ChainFunction.forward, ChainFunction.setup_context),
     *(ChainFunction.backward, ChainFunction.jvp, _gradients, _second),
 ):

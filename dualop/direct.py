@@ -22,8 +22,8 @@ from torch._C._autograd import _profiler_enabled as profiler
 from torch.autograd import forward_ad
 
 from dualop import registry
+from dualop.chains import parse
 from dualop.native.record import recorded
-from dualop.slopes import parse
 
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 
