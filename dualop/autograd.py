@@ -29,9 +29,9 @@ from torch.overrides import is_tensor_like
 
 from dualop import chains, direct, distributed, native, registry
 from dualop.backends.reference import reference_gradients, result_dtype
-from dualop.calls import backward_chain, check_gradient, forward_chain
+from dualop.calls import backward_chain, check_gradient, check_shape, forward_chain
 from dualop.chains import Chain
-from dualop.layout import checked, device_of, layout, validate
+from dualop.layout import checked, device_of, validate
 from dualop.native import known
 from dualop.slopes import parse, slope
 
@@ -81,7 +81,7 @@ def _backward(
 ) -> list[Tensor]:
     parsed = backward_chain(operands, chain, backend, needs)
     device = checked((x, *operands), parsed.operands)
-    check_gradient(gy, layout(x, operands).shape, device)
+    check_gradient(gy, x, operands)
     chosen = registry.resolve(backend, parsed, device)
     return chosen.backward(parsed, gy, x, operands, needs)
 
@@ -102,8 +102,8 @@ def _backward_fake(
     gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
     backward_chain(operands, chain, backend, needs)
+    check_gradient(gy, x, operands)
     y = _result_fake(x, operands)
-    check_gradient(gy, y.shape, y.device)
     wanted = [t for t, need in zip((x, *operands), needs, strict=True) if need]
     return [torch.empty_like(y, dtype=t.dtype) if t.shape == y.shape else t.new_empty(t.shape) for t in wanted]
 
@@ -235,6 +235,7 @@ def _backward_autograd(
 ) -> list[Tensor]:
     arguments = (chain, backend, list(needs))
     backward_chain(operands, *arguments)
+    check_gradient(gy, x, operands)
     if _forward_mode():
         return list(_reference_gradients(*arguments)(gy, x, *operands))
     return list(_differentiably(keyset, _backward_op, arguments, gy, x, *operands))
@@ -286,6 +287,7 @@ def _backward_vmap(
         t.shape if d is None else t.movedim(d, 0).shape[1:]
         for t, d in zip(inputs, (dims[1], *_operand_dims(dims[2], operands)), strict=True)
     ]
+    check_shape(gy.shape if dims[0] is None else gy.movedim(dims[0], 0).shape[1:], shapes)
     gy, *batched = _batched((gy, *inputs), (dims[0], dims[1], *_operand_dims(dims[2], operands)))
     # Every sample has a gradient of its own, also of an input that all samples share.
     size = info.batch_size

@@ -7,13 +7,14 @@ shape than the result's it would read memory that is not gy's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
-import torch
 from torch import Tensor
 
 from dualop import chains, registry, slopes
 from dualop.chains import Chain
 from dualop.errors import DeviceError, OperandError, ShapeError
+from dualop.layout import device_of
 from dualop.slopes import Slope
 
 
@@ -35,17 +36,29 @@ def backward_chain(operands: Sequence[Tensor], text: str, backend: str, needs: S
     return chain
 
 
-def check_gradient(gy: Tensor, shape: Sequence[int], device: torch.device) -> None:
-    """Raise ShapeError or DeviceError if gy is no gradient of a result of this shape on this device.
+def check_gradient(gy: Tensor, x: Tensor, operands: Sequence[Tensor]) -> None:
+    """Raise ShapeError or DeviceError if gy is no gradient of a result of these tensors."""
+    check_shape(gy.shape, [t.shape for t in (x, *operands)])
+    if gy.device != (device := device_of(x, operands)):
+        raise DeviceError(f"gy has to be on the result's device {device}, not on {gy.device}")
+
+
+def check_shape(gy: Sequence[int], tensors: Sequence[Sequence[int]]) -> None:
+    """Raise ShapeError if the shape `gy` is not that of the result of tensors of these shapes.
 
     Sizes that a tracer does not know yet are taken to be right.
     """
-    same = gy.dim() == len(shape)
-    pairs = zip(gy.shape, shape, strict=True) if same else ()
-    if not same or any(type(m) is int and type(n) is int and m != n for m, n in pairs):
-        raise ShapeError(f"gy has to have the result's shape {tuple(shape)}, not {tuple(gy.shape)}")
-    if gy.device != device:
-        raise DeviceError(f"gy has to be on the result's device {device}, not on {gy.device}")
+    shape = [_broadcast(sizes) for sizes in zip_longest(*map(reversed, tensors), fillvalue=1)][::-1]
+    if len(gy) != len(shape) or any(type(n) is int and m not in (n, None) for n, m in zip(gy, shape, strict=True)):
+        raise ShapeError(f"gy has to have the result's shape {tuple(shape)}, not {tuple(gy)}")
+
+
+def _broadcast(sizes: Sequence[int]) -> int | None:
+    """The size that these broadcast to, None if a tracer does not know it yet."""
+    wide = [n for n in sizes if type(n) is not int or n != 1]
+    if not wide:
+        return 1
+    return wide[0] if all(type(n) is int for n in wide) else None
 
 
 def _check(chain: Chain | Slope, operands: Sequence[Tensor], backend: str) -> None:
