@@ -230,7 +230,7 @@ class Cuda:
         tensors, device = (x, *operands), device_of(x, operands)
         view = layout(x, operands)
         if not view.total:
-            return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
+            return [view.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
         inputs = _readable(view, tensors, device)
         if gy.stride() != view.strides or gy.dtype != view.dtype:
             gy = view.output(device).copy_(gy)

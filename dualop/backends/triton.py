@@ -104,7 +104,7 @@ class Triton:
         tensors, device = (x, *operands), device_of(x, operands)
         view = layout(x, operands)
         if not view.total:
-            return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
+            return [view.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
         if gy.stride() != view.strides or gy.dtype != view.dtype:
             gy = view.output(device).copy_(gy)
         launch = _launch(chain, view, device, tuple(needs))
