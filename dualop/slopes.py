@@ -80,13 +80,16 @@ def slope_gradients(sloped: Slope, v: Tensor, x: Tensor, gy: Tensor, needs: Sequ
         steps.append((call, z, tangent))
         tangent = _gradient(call, tangent, z)
         z = call.stage.reference(z, *call.numbers(z.dtype))
-    gradient, turned = gy, torch.zeros_like(gy)
+    gradient, turned = gy, None  # None behind the last stage that turns it: zero, also beside an infinite slope
     for call, z, down in reversed(steps):
-        turned = _gradient(call, turned, z)
+        if turned is not None:
+            turned = _gradient(call, turned, z)
         if callable(call.stage.second):
-            turned = turned + call.stage.second(z, *call.numbers(z.dtype)) * down * gradient
+            more = call.stage.second(z, *call.numbers(z.dtype)) * down * gradient
+            turned = more if turned is None else turned + more
         gradient = _gradient(call, gradient, z)
-    return [g for g, need in zip((turned, tangent), needs, strict=True) if need]
+    found = (torch.zeros_like(gy) if turned is None else turned, tangent)
+    return [g for g, need in zip(found, needs, strict=True) if need]
 
 
 def _gradient(call: Call, gy: Tensor, z: Tensor) -> Tensor:

@@ -67,6 +67,11 @@ def _operand(
     return Stage(name, reference, gradient, name, (Parameter("operand", name),), second=second, operand=True)
 
 
+def _clamp(z: Tensor, low: float, high: float) -> Tensor:
+    # torch wants one bound at least, where both were rounded to infinity, too.
+    return z.clamp(low if low > -math.inf or high == math.inf else None, high if high < math.inf else None)
+
+
 def _clamp_gradient(gy: Tensor, z: Tensor, low: float, high: float) -> Tensor:
     inside = (z >= low) & (z <= high) if clamp_gradient_at_bound() else (z > low) & (z < high)
     return kept(inside, gy)
@@ -94,7 +99,7 @@ _TABLE = (
     # Piecewise linear stages.
     Stage(
         "clamp",
-        lambda z, low, high: z.clamp(None if low == -math.inf else low, None if high == math.inf else high),
+        _clamp,
         _clamp_gradient,
         "clamp(-0.5, 0.75)",
         (_number("min", -math.inf), _number("max", math.inf)),
