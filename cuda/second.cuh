@@ -4,7 +4,7 @@
 //     Slope<Curved<stage::silu, second::silu>, With<stage::mul, Number<number(2.0)>>, Only<stage::relu>>
 //
 // Every stage that is not made of straight lines has its second derivative here: at(z). triton_kernels/second.py has the
-// same names in the same order with the same formulas, dualop/slopes.py has them in torch.
+// same names in the same order with the same formulas, dualop/derivatives.py has them in torch.
 #pragma once
 #include "library.cuh"
 
@@ -140,6 +140,7 @@ template <class Stage, class Second> struct Curved : Only<Stage> {
 };
 template <class Stage> constexpr bool curved = false;
 template <class Stage, class Second> constexpr bool curved<Curved<Stage, Second>> = true;
+template <class... Stages> constexpr bool bent = (... || curved<Stages>);  // any of them
 
 // A gradient on its way up the chain, and how it turns as z moves along the tangent.
 template <class T> struct Turning {
@@ -166,8 +167,12 @@ template <class First, class... Rest> struct Slope<First, Rest...> {
         const T y = First::template inner<bits>(z, in);
         const T below = First::template backward<bits>(z, tangent, in, gradients);
         const Turning<T> from = Slope<Rest...>::template up<bits>(y, below, in, gradients);
-        T turn = First::template backward<bits>(z, from.turn, in, gradients);
-        if constexpr (curved<First>) turn += First::template second<bits>(z) * tangent * from.gradient;
+        T turn = T(0);  // behind the last curved stage, also beside an infinite slope
+        if constexpr (bent<Rest...>) turn = First::template backward<bits>(z, from.turn, in, gradients);
+        if constexpr (curved<First>) {
+            const T more = First::template second<bits>(z) * tangent * from.gradient;
+            turn = bent<Rest...> ? turn + more : more;
+        }
         return {First::template backward<bits>(z, from.gradient, in, gradients), turn};
     }
 };

@@ -144,7 +144,7 @@ struct hardswish {
 
 template <number_bits alpha> struct elu {
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
-        return z <= T(0) ? value<T>(alpha) * math::expm1<bits>(z) : z;
+        return z < T(0) ? value<T>(alpha) * math::expm1<bits>(z) : z;
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         return z <= T(0) ? gy * value<T>(alpha) * math::exp_neg<bits>(-z) : gy;

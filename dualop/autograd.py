@@ -23,6 +23,7 @@ import dualop
 from dualop import autograd_kernel, chains, direct, distributed, native, registry, torch_private, versions
 from dualop.autograd_kernel import below_function, differentiably, forward_mode, have_tangents
 from dualop.backends.reference import reference_gradients, result_dtype
+from dualop.calls import backward_chain, check_gradient, check_shape, forward_chain
 from dualop.chains import Chain
 from dualop.layout import checked, device_of, validate
 from dualop.native import known
@@ -71,19 +72,27 @@ def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -
 
 
 def _forward(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
-    parsed = parse(chain)
-    return registry.resolve(backend, parsed, device_of(x, operands)).forward(parsed, x, operands)
+    parsed = forward_chain(operands, chain, backend)
+    device = checked((x, *operands), parsed.operands)
+    return registry.resolve(backend, parsed, device).forward(parsed, x, operands)
 
 
 def _backward(
     gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
-    parsed = parse(chain)
-    chosen = registry.resolve(backend, parsed, device_of(x, operands))
+    parsed = backward_chain(operands, chain, backend, needs)
+    device = checked((x, *operands), parsed.operands)
+    check_gradient(gy, x, operands)
+    chosen = registry.resolve(backend, parsed, device)
     return chosen.backward(parsed, gy, x, operands, needs)
 
 
 def _forward_fake(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
+    forward_chain(operands, chain, backend)
+    return _result_fake(x, operands)
+
+
+def _result_fake(x: Tensor, operands: Sequence[Tensor]) -> Tensor:
     y = x
     for operand in operands:
         y = y + operand
@@ -93,7 +102,9 @@ def _forward_fake(x: Tensor, operands: Sequence[Tensor], chain: str, backend: st
 def _backward_fake(
     gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
-    y = _forward_fake(x, operands, chain, backend)
+    backward_chain(operands, chain, backend, needs)
+    check_gradient(gy, x, operands)
+    y = _result_fake(x, operands)
     wanted = [t for t, need in zip((x, *operands), needs, strict=True) if need]
     return [torch.empty_like(y, dtype=t.dtype) if _same_shape(t, y) else t.new_empty(t.shape) for t in wanted]
 
@@ -159,10 +170,10 @@ class ChainFunction(torch.autograd.Function):
     def jvp(ctx: Any, _op: None, _arguments: None, *tangents: Tensor | None) -> Tensor:
         # Of the forward op only: see _backward_autograd.
         # The chain is pointwise: with every input at the result's shape, the gradients of its sum are the derivatives.
-        dtype = _forward_fake(ctx.saved_tensors[0], ctx.saved_tensors[1:], *ctx.arguments).dtype
+        dtype = _result_fake(ctx.saved_tensors[0], ctx.saved_tensors[1:]).dtype
         device = device_of(ctx.saved_tensors[0], ctx.saved_tensors[1:])  # a number may lie on the CPU
         x, *operands = torch.broadcast_tensors(*[t.to(device) for t in ctx.saved_tensors])
-        y = _forward_fake(x, operands, *ctx.arguments)
+        y = _result_fake(x, operands)
         arguments = (*ctx.arguments, [t is not None for t in tangents])
         with nullcontext() if FUNCTION.works else torch.enable_grad():
             derivatives = _operate(_backward_op, arguments, (torch.ones_like(y), x, *operands))
@@ -238,6 +249,8 @@ def _backward_autograd(
     keyset: Any, gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
     arguments, tensors = (chain, backend, list(needs)), (gy, x, *operands)
+    backward_chain(operands, *arguments)
+    check_gradient(gy, x, operands)
     if forward_mode(tensors):  # by functions that torch has tangents for
         return list(_reference_gradients(*arguments)(*tensors))
     below = lambda keys: _backward_op.redispatch(keys, gy, x, operands, *arguments)
@@ -310,11 +323,13 @@ def _backward_vmap(
     backend: str,
     needs: Sequence[bool],
 ) -> tuple[list[Tensor], list[int]]:
+    backward_chain(operands, chain, backend, needs)
     inputs = (x, *operands)
     shapes = [
         t.shape if d is None else t.movedim(d, 0).shape[1:]
         for t, d in zip(inputs, (dims[1], *_operand_dims(dims[2], operands)), strict=True)
     ]
+    check_shape(gy.shape if dims[0] is None else gy.movedim(dims[0], 0).shape[1:], shapes)
     gy, *batched = _batched((gy, *inputs), (dims[0], dims[1], *_operand_dims(dims[2], operands)))
     # Every sample has a gradient of its own, also of an input that all samples share.
     size = info.batch_size
@@ -344,7 +359,7 @@ chains._run = run
 
 torch_private.skip_frames(
     [
-        *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake),
+        *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake, _result_fake),
         *(_forward_vmap, _backward_vmap, ChainFunction.forward, ChainFunction.setup_context),
         *(ChainFunction.backward, ChainFunction.jvp, _gradients, _second),
     ]

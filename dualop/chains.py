@@ -65,14 +65,16 @@ class Chain:
     def bind(self, operands: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """The operands in the order of `self.operands`; OperandError names what is missing or too much."""
         given = dict(zip(self.operands, operands, strict=False))
-        wrong = [n for n in named if n not in self.operands or n in given]
-        missing = [n for n in self.operands if n not in given and n not in named]
-        if wrong or missing or len(operands) > len(self.operands):
-            takes = ", ".join(("x", *self.operands))
-            reason = f"missing {', '.join(missing)}" if missing else f"not taken or given twice: {', '.join(wrong)}"
-            if len(operands) > len(self.operands):
-                reason = f"{len(operands)} operands given"
-            raise OperandError(f"`{self}` takes ({takes}); {reason}")
+        found = {
+            "missing": [n for n in self.operands if n not in given and n not in named],
+            "unknown": [n for n in named if n not in self.operands],
+            "given twice": [n for n in named if n in given],
+        }
+        reasons = [f"{what} {', '.join(names)}" for what, names in found.items() if names]
+        if len(operands) > len(self.operands):
+            reasons.insert(0, f"{len(operands)} operands given")
+        if reasons:
+            raise OperandError(f"`{self}` takes ({', '.join(('x', *self.operands))}); {'; '.join(reasons)}")
         given.update(named)
         return tuple(given[n] for n in self.operands)
 

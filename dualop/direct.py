@@ -18,8 +18,8 @@ from torch import DispatchKey, DispatchKeySet, Tensor
 from torch.overrides import has_torch_function
 
 from dualop import registry, torch_private
+from dualop.chains import parse
 from dualop.native.record import recorded
-from dualop.slopes import parse
 from dualop.torch_private import SHORT_WAY
 
 _TYPES = frozenset((Tensor, torch.nn.Parameter))

@@ -181,9 +181,13 @@ def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
             raise OperandError(f"{name} must be a tensor, not {kind}; write a number in the chain's text")
         if tensor.dtype not in DTYPES:
             takes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            raise DtypeError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; a chain takes {takes}")
+            more = f": pass {name}.dequantize()" if tensor.is_quantized else ""
+            raise DtypeError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; a chain takes {takes}{more}")
+        if tensor.is_nested:  # jagged or strided, neither of which has a dense form
+            advice = f"torch.nested.to_padded_tensor({name}, 0.0), or the tensors of {name}.unbind() one by one"
+            raise LayoutError(f"{name} is a nested tensor; pass {advice}")
         if tensor.layout is not torch.strided:
-            raise LayoutError(f"{name} is {str(tensor.layout).removeprefix('torch.')}; call its .to_dense()")
+            raise LayoutError(f"{name} is {str(tensor.layout).removeprefix('torch.')}; pass {name}.to_dense()")
     tensors = (x, *operands)
     # Symbolic sizes may be unknown, and then not be compared: the ops' fake kernels have torch broadcast them.
     known = not torch.compiler.is_compiling() and all(type(n) is int for t in tensors for n in t.shape)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dualop.chains import Chain
 from dualop.slopes import Slope
-from dualop.stages import Call
+from dualop.stages import Call, Stage
 
 Interval = tuple[float, float]
 # Functions of the kernels that no text names.
@@ -53,19 +53,30 @@ class Step(NamedTuple):
     operand: int | float | None = None
 
 
-@lru_cache(maxsize=4096)
-def steps(chain: Chain) -> tuple[Step, ...]:
+def steps(chain: Chain | Slope) -> tuple[Step, ...]:
     """The chain as the kernels run it. A slope has to have every stage by itself, with its second derivative."""
-    interval, sloped = EVERYTHING, isinstance(chain, Slope)
-    found: list[Step] = []
-    for i, call in enumerate(chain.calls):
+    return tuple(step for step, _ in _lowered(chain))
+
+
+def curved(sloped: Slope) -> frozenset[str]:
+    """The kernel functions of a slope whose stage has a second derivative: so have the specialised ones."""
+    return frozenset(step.function for step, stage in _lowered(sloped) if stage.curved)
+
+
+@lru_cache(maxsize=4096)
+def _lowered(chain: Chain | Slope) -> tuple[tuple[Step, Stage], ...]:
+    """Each kernel function of the chain, with the stage that it is, or ends with."""
+    sloped = isinstance(chain, Slope)
+    of, interval = chain.of if isinstance(chain, Slope) else chain, EVERYTHING
+    found: list[tuple[Step, Stage]] = []
+    for i, call in enumerate(of.calls):
         if not _without_effect(call, interval):
-            step = _step(call, chain, interval)
-            if step.function == "tanh" and all(later.stage.name in _STEADY for later in chain.calls[i + 1 :]):
+            step = _step(call, of, interval)
+            if step.function == "tanh" and all(later.stage.name in _STEADY for later in of.calls[i + 1 :]):
                 step = Step("tanh_approx")
-            if step.function in ("tanh", "tanh_approx") and found and found[-1] == Step("silu") and not sloped:
-                step = Step(f"{found.pop().function}_{step.function}")
-            found.append(step)
+            if step.function in ("tanh", "tanh_approx") and found and found[-1][0] == Step("silu") and not sloped:
+                step = Step(f"{found.pop()[0].function}_{step.function}")
+            found.append((step, call.stage))
         interval = output(call, interval)
     return tuple(found)
 

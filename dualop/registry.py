@@ -22,6 +22,7 @@ from dualop.backends.mode import INTERPRET
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
 from dualop.layout import device_of, validate
+from dualop.slopes import Slope
 
 
 class Backend(Protocol):
@@ -36,13 +37,13 @@ class Backend(Protocol):
     def environment(self) -> list[str]:
         """What this machine lacks for it, each with its remedy; empty if it runs here."""
 
-    def reasons(self, chain: Chain, device: torch.device) -> list[str]:
+    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
         """What keeps it from running this chain on this device; empty if it runs."""
 
     def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor: ...
 
     def backward(
-        self, chain: Chain, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:
         """The gradients of those of (x, *operands) that `needs` asks for, in that order, each like its tensor."""
 
@@ -113,7 +114,7 @@ def requested(explicit: str | None = None) -> str:
     return scoped or _process or _known(_environment, "DUALOP_BACKEND")
 
 
-def resolve(name: str, chain: Chain, device: torch.device) -> Backend:
+def resolve(name: str, chain: Chain | Slope, device: torch.device) -> Backend:
     """The backend that runs `chain` on `device` when `name` is asked for; BackendUnavailable with every reason."""
     if name != AUTO:
         backend = BACKENDS[name]
@@ -131,7 +132,7 @@ def resolve(name: str, chain: Chain, device: torch.device) -> Backend:
     raise BackendUnavailable(f"no backend can run `{chain}` on {device}: {explain_device(chain, device)}")
 
 
-def explain_device(chain: Chain, device: torch.device) -> str:
+def explain_device(chain: Chain | Slope, device: torch.device) -> str:
     return "; ".join(f"{b.name}: {', '.join(b.reasons(chain, device)) or 'can'}" for b in BACKENDS.values())
 
 

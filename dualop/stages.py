@@ -1,4 +1,4 @@
-"""The one table of stages: names, parameters and defaults, and what each means in torch.
+"""The one table of stages: names, parameters and defaults, what each means in torch, and its derivatives.
 
 The kernels implement the same names in the same order in `cuda/stages.cuh` and `triton_kernels/stages.py`. Everything
 that needs a list of stages (parser, tests, benchmarks, command line) reads `STAGES`.
@@ -17,64 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualop import derivatives
+from dualop.derivatives import SELU_ALPHA, SELU_SCALE, exp_below_zero, extremum, kept
+from dualop.entry import PIECEWISE_LINEAR, Argument, Parameter, PiecewiseLinear, Stage, argument_text, in_float32_range
 from dualop.errors import ChainError
 
 aten = torch.ops.aten
-
-Argument = float | str
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a stage: a number, or one of `words`. `default` None means that it must be given."""
-
-    name: str
-    default: Argument | None = None
-    words: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One pointwise function.
-
-    `reference(z, *arguments)` is the definition in torch; for an operand stage the argument is a tensor or a number.
-    `gradient(gy, z, *arguments)` is the gradient of z by torch's differentiable functions; for an operand stage the
-    pair of gradients of z and of the operand, not yet summed over what was broadcast.
-    `example` is a chain of this stage alone that tests and benchmarks use. `problem(*arguments)` says what is wrong
-    with arguments that parse, or None. `kernel(*arguments)` names the function in the kernel languages and the numbers
-    that are compiled into it.
-    """
-
-    name: str
-    reference: Callable[..., Tensor]
-    gradient: Callable[..., Any]
-    example: str
-    parameters: tuple[Parameter, ...] = ()
-    aliases: tuple[str, ...] = ()
-    operand: bool = False
-    problem: Callable[..., str | None] = lambda *arguments: None
-    kernel_name: Callable[..., str] | None = None
-    constants: Callable[..., tuple[float, ...]] = lambda *arguments: tuple(a for a in arguments if isinstance(a, float))
-
-    def kernel(self, *arguments: Argument) -> tuple[str, tuple[float, ...]]:
-        name = self.kernel_name(*arguments) if self.kernel_name else self.name
-        return name, self.constants(*arguments)
-
-    @property
-    def signature(self) -> str:
-        """How it is written, with defaults: `hardtanh(min_val=-1, max_val=1)`."""
-        if self.operand:
-            return f"{self.name}(operand)"
-        shown = [p.name if p.default is None else f"{p.name}={argument_text(p.default)}" for p in self.parameters]
-        return f"{self.name}({', '.join(shown)})" if shown else self.name
-
-
-def argument_text(argument: Argument) -> str:
-    """The shortest text that parses to the same argument: -1, 0.5, 1e-05, inf, "tanh"."""
-    if isinstance(argument, str):
-        return f'"{argument}"'
-    whole = argument.is_integer() and abs(argument) < 1e6 and str(argument) != "-0.0"
-    return str(int(argument)) if whole else repr(argument)
 
 
 @lru_cache(maxsize=1)
@@ -97,6 +45,11 @@ def _like(z: Tensor, other: Tensor | float) -> Tensor:
     return other if isinstance(other, Tensor) else torch.full((), other, dtype=z.dtype, device=z.device)
 
 
+def _invertible(alpha: float) -> str | None:
+    inside = 1e-38 <= abs(alpha) <= 1e38  # its inverse has to be a float32 number, too
+    return None if inside else f"alpha must be from 1e-38 to 1e38 in magnitude, not {alpha}"
+
+
 def _bounds(low: float, high: float) -> str | None:
     return f"min_val {low} is greater than max_val {high}" if low > high else None
 
@@ -105,17 +58,18 @@ def _number(name: str, default: float | None = None) -> Parameter:
     return Parameter(name, default)
 
 
-def _operand(name: str, reference: Callable[..., Tensor], gradient: Callable[..., tuple[Tensor, Tensor]]) -> Stage:
-    return Stage(name, reference, gradient, name, (Parameter("operand", name),), operand=True)
+def _operand(
+    name: str,
+    reference: Callable[..., Tensor],
+    gradient: Callable[..., tuple[Tensor, Tensor]],
+    second: Callable[..., Tensor] | PiecewiseLinear,
+) -> Stage:
+    return Stage(name, reference, gradient, name, (Parameter("operand", name),), second=second, operand=True)
 
 
-def _kept(condition: Tensor, gy: Tensor) -> Tensor:
-    return torch.where(condition, gy, torch.zeros_like(gy))
-
-
-def _extremum(gy: Tensor, z: Tensor, b: Tensor | float, loses: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Tensor]:
-    share = torch.where(z == b, gy / 2, gy)
-    return _kept(~loses(z, b), share), _kept(~loses(-z, -b), share)
+def _clamp(z: Tensor, low: float, high: float) -> Tensor:
+    # torch wants one bound at least, where both were rounded to infinity, too.
+    return z.clamp(low if low > -math.inf or high == math.inf else None, high if high < math.inf else None)
 
 
 def _clamp_gradient(gy: Tensor, z: Tensor, low: float, high: float) -> Tensor:
@@ -123,65 +77,57 @@ def _clamp_gradient(gy: Tensor, z: Tensor, low: float, high: float) -> Tensor:
     at_bound = clamp_gradient_at_bound()
     above = z >= low if at_bound or low == -math.inf else z > low
     below = z <= high if at_bound or high == math.inf else z < high
-    return _kept(above & below, gy)
+    return kept(above & below, gy)
 
-
-# aten's silu_backward, mish_backward and hardsigmoid_backward cannot be differentiated again.
-def _silu_gradient(gy: Tensor, z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return gy * (s * (1 + z * (1 - s)))
-
-
-def _mish_gradient(gy: Tensor, z: Tensor) -> Tensor:
-    t = torch.tanh(F.softplus(z))
-    return gy * (t + z * torch.sigmoid(z) * (1 - t * t))
-
-
-_SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 
 _TABLE = (
     # Operand stages: the argument is a tensor's name, x, or a number.
-    _operand("add", lambda z, b: z + b, lambda g, z, b: (g, g)),
-    _operand("sub", lambda z, b: z - b, lambda g, z, b: (g, -g)),
-    _operand("rsub", lambda z, b: b - z, lambda g, z, b: (-g, g)),
-    _operand("mul", lambda z, b: z * b, lambda g, z, b: (g * b, g * z)),
-    _operand("div", lambda z, b: z / b, lambda g, z, b: (g / b, -g * (z / b) / b)),
+    _operand("add", lambda z, b: z + b, lambda g, z, b: (g, g), PIECEWISE_LINEAR),
+    _operand("sub", lambda z, b: z - b, lambda g, z, b: (g, -g), PIECEWISE_LINEAR),
+    _operand("rsub", lambda z, b: b - z, lambda g, z, b: (-g, g), PIECEWISE_LINEAR),
+    _operand("mul", lambda z, b: z * b, lambda g, z, b: (g * b, g * z), PIECEWISE_LINEAR),
+    _operand("div", lambda z, b: z / b, lambda g, z, b: (g / b, -g * (z / b) / b), PIECEWISE_LINEAR),
     _operand(
         "minimum",
         lambda z, b: torch.minimum(z, _like(z, b)),
-        lambda g, z, b: _extremum(g, z, b, lambda mine, other: mine > other),
+        lambda g, z, b: extremum(g, z, b, lambda mine, other: mine > other),
+        PIECEWISE_LINEAR,
     ),
     _operand(
         "maximum",
         lambda z, b: torch.maximum(z, _like(z, b)),
-        lambda g, z, b: _extremum(g, z, b, lambda mine, other: mine < other),
+        lambda g, z, b: extremum(g, z, b, lambda mine, other: mine < other),
+        PIECEWISE_LINEAR,
     ),
     # Piecewise linear stages.
     Stage(
         "clamp",
-        lambda z, low, high: z.clamp(None if low == -math.inf else low, None if high == math.inf else high),
+        _clamp,
         _clamp_gradient,
         "clamp(-0.5, 0.75)",
         (_number("min", -math.inf), _number("max", math.inf)),
+        second=PIECEWISE_LINEAR,
         problem=lambda low, high: "give min, max or both" if low == -math.inf and high == math.inf else None,
         constants=lambda low, high: (low, high, clamp_gradient_at_bound()),
     ),
-    Stage("relu", F.relu, lambda g, z: aten.threshold_backward(g, z, 0), "relu"),
+    Stage("relu", F.relu, lambda g, z: aten.threshold_backward(g, z, 0), "relu", second=PIECEWISE_LINEAR),
     Stage(
         "hardtanh",
         F.hardtanh,
         aten.hardtanh_backward,
         "hardtanh",
         (_number("min_val", -1.0), _number("max_val", 1.0)),
+        second=PIECEWISE_LINEAR,
         problem=_bounds,
     ),
-    Stage("relu6", F.relu6, lambda g, z: aten.hardtanh_backward(g, z, 0, 6), "relu6"),
+    Stage("relu6", F.relu6, lambda g, z: aten.hardtanh_backward(g, z, 0, 6), "relu6", second=PIECEWISE_LINEAR),
     Stage(
         "leaky_relu",
         F.leaky_relu,
         lambda g, z, slope: aten.leaky_relu_backward(g, z, slope, False),
         "leaky_relu",
         (_number("negative_slope", 0.01),),
+        second=PIECEWISE_LINEAR,
     ),
     Stage(
         "threshold",
@@ -189,18 +135,33 @@ _TABLE = (
         lambda g, z, threshold, value: aten.threshold_backward(g, z, threshold),
         "threshold(0.5, 0.25)",
         (_number("threshold"), _number("value")),
+        second=PIECEWISE_LINEAR,
     ),
-    Stage("hardshrink", F.hardshrink, aten.hardshrink_backward, "hardshrink", (_number("lambd", 0.5),)),
+    Stage(
+        "hardshrink",
+        F.hardshrink,
+        aten.hardshrink_backward,
+        "hardshrink",
+        (_number("lambd", 0.5),),
+        second=PIECEWISE_LINEAR,
+    ),
     Stage(
         "softshrink",
-        F.softshrink,
+        lambda z, lambd: F.softshrink(z, lambd) if lambd < math.inf else z * 0,  # which torch refuses
         aten.softshrink_backward,
         "softshrink",
         (_number("lambd", 0.5),),
+        second=PIECEWISE_LINEAR,
         problem=lambda lambd: "lambd must not be negative" if lambd < 0 else None,
     ),
-    Stage("hardsigmoid", F.hardsigmoid, lambda g, z: _kept((z > -3) & (z < 3), g / 6), "hardsigmoid"),
-    Stage("hardswish", F.hardswish, aten.hardswish_backward, "hardswish"),
+    Stage(
+        "hardsigmoid",
+        F.hardsigmoid,
+        lambda g, z: kept((z > -3) & (z < 3), g / 6),
+        "hardsigmoid",
+        second=PIECEWISE_LINEAR,
+    ),
+    Stage("hardswish", F.hardswish, aten.hardswish_backward, "hardswish", second=derivatives.hardswish_second),
     # Smooth stages.
     Stage(
         "elu",
@@ -208,46 +169,84 @@ _TABLE = (
         lambda g, z, alpha: aten.elu_backward(g, alpha, 1.0, 1.0, False, z),
         "elu",
         (_number("alpha", 1.0),),
+        second=exp_below_zero,
     ),
-    Stage("selu", F.selu, lambda g, z: aten.elu_backward(g, _SELU_ALPHA, _SELU_SCALE, 1.0, False, z), "selu"),
+    Stage(
+        "selu",
+        F.selu,
+        lambda g, z: aten.elu_backward(g, SELU_ALPHA, SELU_SCALE, 1.0, False, z),
+        "selu",
+        second=lambda z: exp_below_zero(z, SELU_SCALE * SELU_ALPHA),
+    ),
     Stage(
         "celu",
         F.celu,
         lambda g, z, alpha: aten.elu_backward(g, alpha, 1.0, 1.0 / alpha, False, z),
         "celu(1.5)",
         (_number("alpha", 1.0),),
-        problem=lambda alpha: "alpha must not be zero" if alpha == 0 else None,
+        second=lambda z, alpha: exp_below_zero(z, 1 / alpha, 1 / alpha),
+        problem=_invertible,
     ),
-    Stage("sigmoid", torch.sigmoid, lambda g, z: aten.sigmoid_backward(g, torch.sigmoid(z)), "sigmoid"),
-    Stage("silu", F.silu, _silu_gradient, "silu", aliases=("swish",)),
-    Stage("tanh", torch.tanh, lambda g, z: aten.tanh_backward(g, torch.tanh(z)), "tanh"),
-    Stage("tanhshrink", F.tanhshrink, lambda g, z: g * torch.tanh(z).square(), "tanhshrink"),
+    Stage(
+        "sigmoid",
+        torch.sigmoid,
+        lambda g, z: aten.sigmoid_backward(g, torch.sigmoid(z)),
+        "sigmoid",
+        second=derivatives.sigmoid_second,
+    ),
+    Stage("silu", F.silu, derivatives.silu_gradient, "silu", second=derivatives.silu_second, aliases=("swish",)),
+    Stage(
+        "tanh", torch.tanh, lambda g, z: aten.tanh_backward(g, torch.tanh(z)), "tanh", second=derivatives.tanh_second
+    ),
+    Stage(
+        "tanhshrink",
+        F.tanhshrink,
+        lambda g, z: g * torch.tanh(z).square(),
+        "tanhshrink",
+        second=lambda z: -derivatives.tanh_second(z),
+    ),
     Stage(
         "softplus",
         F.softplus,
         aten.softplus_backward,
         "softplus",
         (_number("beta", 1.0), _number("threshold", 20.0)),
+        second=derivatives.softplus_second,
         problem=lambda beta, threshold: "beta must not be zero" if beta == 0 else None,
     ),
-    Stage("logsigmoid", F.logsigmoid, lambda g, z: g * torch.sigmoid(-z), "logsigmoid"),
-    Stage("mish", F.mish, _mish_gradient, "mish"),
-    Stage("softsign", F.softsign, lambda g, z: g / (1 + z.abs()).square(), "softsign"),
+    Stage(
+        "logsigmoid",
+        F.logsigmoid,
+        lambda g, z: g * torch.sigmoid(-z),
+        "logsigmoid",
+        second=lambda z: -derivatives.sigmoid_slope(z),
+    ),
+    Stage("mish", F.mish, derivatives.mish_gradient, "mish", second=derivatives.mish_second),
+    Stage(
+        "softsign", F.softsign, lambda g, z: g / (1 + z.abs()).square(), "softsign", second=derivatives.softsign_second
+    ),
     Stage(
         "gelu",
         lambda z, approximate: F.gelu(z, approximate=approximate),
         lambda g, z, approximate: aten.gelu_backward(g, z, approximate=approximate),
         "gelu",
         (Parameter("approximate", "none", words=("none", "tanh")),),
+        second=derivatives.gelu_second,
         kernel_name=lambda approximate: "gelu_tanh" if approximate == "tanh" else "gelu",
     ),
     # Plain functions.
-    Stage("abs", torch.abs, lambda g, z: g * z.sgn(), "abs"),
-    Stage("neg", torch.neg, lambda g, z: -g, "neg"),
-    Stage("square", torch.square, lambda g, z: g * (2 * z), "square"),
-    Stage("sqrt", torch.sqrt, lambda g, z: g / (2 * z.sqrt()), "abs | sqrt"),
-    Stage("reciprocal", torch.reciprocal, lambda g, z: -g * z.reciprocal().square(), "reciprocal"),
-    Stage("exp", torch.exp, lambda g, z: g * z.exp(), "exp"),
+    Stage("abs", torch.abs, lambda g, z: g * z.sgn(), "abs", second=PIECEWISE_LINEAR),
+    Stage("neg", torch.neg, lambda g, z: -g, "neg", second=PIECEWISE_LINEAR),
+    Stage("square", torch.square, lambda g, z: g * (2 * z), "square", second=lambda z: torch.full_like(z, 2.0)),
+    Stage("sqrt", torch.sqrt, lambda g, z: g / (2 * z.sqrt()), "abs | sqrt", second=lambda z: -0.25 / (z * z.sqrt())),
+    Stage(
+        "reciprocal",
+        torch.reciprocal,
+        lambda g, z: -g * z.reciprocal().square(),
+        "reciprocal",
+        second=lambda z: 2 * z.reciprocal() ** 3,
+    ),
+    Stage("exp", torch.exp, lambda g, z: g * z.exp(), "exp", second=torch.exp),
 )
 
 # No operand's name: they read as numbers, or are parameters of a chain's call.
@@ -263,6 +262,13 @@ class Call:
 
     stage: Stage
     arguments: tuple[Argument, ...] = ()
+
+    def numbers(self, dtype: torch.dtype) -> tuple[Argument, ...]:
+        """The arguments for tensors of `dtype`: in float32 arithmetic as the kernels round them, to infinity too.
+
+        torch rounds them as well, but refuses those beyond float32's range in some functions.
+        """
+        return self.arguments if dtype == torch.float64 else tuple(map(in_float32_range, self.arguments))
 
     @property
     def operand(self) -> Argument | None:

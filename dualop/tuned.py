@@ -32,6 +32,7 @@ from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
 from dualop.launch import power_of_two
 from dualop.layout import Layout
+from dualop.slopes import Slope
 
 FORMAT = 1
 KERNELS = {"cuda": "*.cuh", "triton_kernels": "*.py"}
@@ -53,7 +54,7 @@ class Subject:
         return " ; ".join((self.backend, self.direction, self.dtype, self.shape, self.inputs, self.chain))
 
 
-def subject(backend: str, chain: Chain, view: Layout, direction: str) -> Subject:
+def subject(backend: str, chain: Chain | Slope, view: Layout, direction: str) -> Subject:
     """Of a call with this layout; `direction` is "forward" or "backward"."""
     bucket = f"{power_of_two(view.rows)}x{power_of_two(view.cols)}"
     kinds = ",".join(str(v.kind) for v in view.views)
@@ -74,7 +75,7 @@ def lookup(what: Subject, device: torch.device, kind: type[C]) -> C | None:
         return None
 
 
-def chosen(backend: str, chain: Chain, view: Layout, direction: str, device: torch.device, default: C) -> C:
+def chosen(backend: str, chain: Chain | Slope, view: Layout, direction: str, device: torch.device, default: C) -> C:
     """The launch found for a call, or the `default`, a dataclass too."""
     return lookup(subject(backend, chain, view, direction), device, type(default)) or default
 

@@ -26,7 +26,7 @@ from dualop.backends.cuda import _signature as signature_of
 from dualop.backends.cuda import source
 from dualop.layout import layout
 from dualop.ranges import steps
-from dualop.slopes import is_curved, parse
+from dualop.slopes import parse
 from dualop.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ GROUPS = {
     "gelus": 'gelu(approximate="tanh") | silu | tanh | sub(1) | hardtanh | gelu | mul(x) | add(2) | tanh | gelu',
 }
 # The same of those that have a second derivative, in double backward.
-CURVED = [text for text in EXAMPLES if any(is_curved(step.function) for step in steps(dualop.chain(text)))]
+CURVED = [text for text in EXAMPLES if any(call.stage.curved for call in dualop.chain(text).calls)]
 SLOPES = {
     **{f"slope {i + 1}": f"slope of {' | sub(0.1) | '.join(CURVED[i : i + 6])}" for i in range(0, len(CURVED), 6)},
     "slope of gelus": 'slope of gelu("tanh") | tanh | sub(1) | hardtanh | gelu | add(2)',

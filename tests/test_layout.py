@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -484,13 +485,48 @@ def test_shapes_that_do_not_broadcast(shapes: tuple[tuple[int, ...], tuple[int, 
         validate(x, [bias], ["bias"])
 
 
-@pytest.mark.parametrize("packed", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
-def test_what_is_not_strided(packed: Callable[[Tensor], Tensor]) -> None:
-    x = torch.ones(3, 4)
-    with pytest.raises(LayoutError, match=r"x is .*to_dense"):
-        dualop.chain("relu")(packed(x))
-    with pytest.raises(LayoutError, match="bias is"):
-        validate(x, [packed(x)], ["bias"])
+PACKED: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception]]] = {
+    "sparse_coo": (lambda x: x.to_sparse(), LayoutError),
+    "sparse_csr": (lambda x: x.to_sparse_csr(), LayoutError),
+    "sparse_csc": (lambda x: x.to_sparse_csc(), LayoutError),
+    "sparse_bsr": (lambda x: x.to_sparse_bsr((2, 2)), LayoutError),
+    "sparse_bsc": (lambda x: x.to_sparse_bsc((2, 2)), LayoutError),
+    "_mkldnn": (lambda x: x.to_mkldnn(), LayoutError),
+    "nested, jagged": (lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged), LayoutError),
+    "nested, strided": (lambda x: torch.nested.nested_tensor([x, x[:1]]), LayoutError),
+    "quint8": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), DtypeError),
+    "qint8": (lambda x: torch.quantize_per_channel(x, torch.ones(2), torch.zeros(2), 0, torch.qint8), DtypeError),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls some of these tensors experimental
+@pytest.mark.parametrize("kind", PACKED)
+def test_what_is_packed_is_refused_with_advice_that_works(kind: str) -> None:
+    make, error = PACKED[kind]
+    x = make(torch.ones(2, 4))
+    op, plain = dualop.chain("add(bias)"), torch.ones(4)
+    op(plain, plain, backend="reference")
+    with pytest.raises(error, match=f"x is .*{kind.split(',')[0]}") as caught:
+        op(x, plain, backend="reference")
+    said = str(caught.value)
+    for advice in re.findall(r"(?:torch\.\w+\.\w+\()?\bx(?:\.\w+\(\)|, 0\.0\))", said):
+        advised = eval(advice, {"torch": torch, "x": x})
+        for one in advised if isinstance(advised, tuple) else [advised]:
+            assert torch.equal(op(one, plain, backend="reference"), one + 1), advice
+    assert re.search(r"pass .*\bx", said)
+    with pytest.raises(error, match=r"bias is .* pass .*\bbias"):
+        op(plain, x, backend="reference")
+    with pytest.raises(error, match=r"x is .* pass "):
+        dualop.explain(op, x, plain)
+
+
+def test_a_nested_tensor_is_refused_while_compiling() -> None:
+    op = dualop.chain("relu")
+    with pytest.raises(LayoutError, match="nested"):
+        torch.compile(lambda x: op(x), backend="eager")(
+            torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(1, 4)], layout=torch.jagged)
+        )
+    assert torch.compile(lambda x: op(x), fullgraph=True, backend="eager")(torch.ones(3)).sum() == 3
 
 
 def test_what_is_no_tensor() -> None:

@@ -15,9 +15,11 @@ import dualop
 import dualop.autograd  # registers the ops
 from dualop import registry
 from dualop.backends.reference import evaluate, reference_gradients
-from dualop.errors import ChainError
+from dualop.chains import Chain
+from dualop.entry import PIECEWISE_LINEAR, Parameter, Stage
+from dualop.errors import BackendUnavailable, ChainError
 from dualop.registry import BACKENDS
-from dualop.slopes import SECOND, Slope, is_curved, parse, slope
+from dualop.slopes import Slope, parse, slope
 from dualop.stages import STAGES
 
 if not registry.interpreting():
@@ -33,7 +35,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 UNARY = [stage.example for stage in STAGES.values() if not stage.operand]
 TEXTS = [
-    *(text for text in UNARY if any(is_curved(c.stage.kernel(*c.arguments)[0]) for c in dualop.chain(text).calls)),
+    *(text for text in UNARY if any(call.stage.curved for call in dualop.chain(text).calls)),
     'gelu(approximate="tanh")',
     "elu(2.5)",
     "softplus(2, 10)",
@@ -110,19 +112,18 @@ def derivative(y: Tensor, z: Tensor) -> Tensor:
 
 
 def test_formulas_are_those_of_autograd() -> None:
-    """SECOND against the derivative of each stage's gradient, for other parameters too, and differentiable again."""
+    """Each entry's second derivative against that of its gradient, other parameters too, and differentiable again."""
     z = torch.linspace(-7.3, 7.6, 97, dtype=torch.double).requires_grad_()
     for text in (*TEXTS, "celu(-2)", "softplus(0.25)", "softplus(1, 3)", "elu(-1)"):
         for call in dualop.chain(text).calls:
             if call.stage.operand:
                 continue
-            function, numbers = call.stage.kernel(*call.arguments)
-            inner = z.abs() if function == "sqrt" else z
+            inner = z.abs() if call.stage.name == "sqrt" else z
             second = derivative(call.stage.gradient(torch.ones_like(inner), inner, *call.arguments), inner)
-            if function not in SECOND:
-                assert not second.any(), function
+            if not callable(call.stage.second):
+                assert not second.any(), call
                 continue
-            mine = SECOND[function](inner, *numbers)
+            mine = call.stage.second(inner, *call.arguments)
             torch.testing.assert_close(mine, second, rtol=1e-7, atol=1e-10)  # torch's hardswish has a float32 constant
             torch.testing.assert_close(derivative(mine, z), derivative(second, z), rtol=1e-7, atol=1e-9)
 
@@ -133,8 +134,105 @@ def test_which_chains_have_a_slope() -> None:
         assert slope(text) is None
     chain = parse("slope of silu")
     assert isinstance(chain, Slope) and chain.operands == ("gy",) and chain != dualop.chain("silu")
-    with pytest.raises(ChainError):
-        dualop.chain("slope of silu")
+    assert not isinstance(chain, Chain) and not callable(chain)
+    for given in ("slope of silu", chain):
+        with pytest.raises(ChainError):
+            dualop.chain(given)  # type: ignore[arg-type]
+
+
+# ---- a new stage -----------------------------------------------------------------------------------------------------
+
+WAVE: dict[str, Any] = {
+    "name": "wave",
+    "reference": torch.sin,
+    "gradient": lambda g, z: g * z.cos(),
+    "example": "wave",
+}
+
+
+def add_stage(patch: pytest.MonkeyPatch, **more: Any) -> None:
+    """A stage of the table that no kernel language knows; each test names its own, since parsed chains are kept."""
+    entry = Stage(**{**WAVE, "second": lambda z: -z.sin(), **more})
+    patch.setitem(STAGES, entry.name, entry)
+
+
+def twice(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    (g,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("says", [{}, {"second": None}, {"second": 0}, {"second": "zero"}], ids=str)
+def test_a_stage_that_says_nothing_of_its_second_derivative_is_refused(says: dict[str, Any]) -> None:
+    with pytest.raises(ChainError, match=r"'wave'.* second"):
+        Stage(**WAVE, **says)
+    assert not Stage(**WAVE, second=PIECEWISE_LINEAR).curved and Stage(**WAVE, second=torch.sin).curved
+
+
+def test_a_new_stage_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_stage(monkeypatch)
+    x = torch.linspace(-2, 2, 7, dtype=torch.double).requires_grad_()
+    for backend in ("auto", "reference"):  # auto finds no kernel of it
+        op = functools.partial(dualop.chain("silu | wave | mul(2)"), backend=backend)
+        torch.testing.assert_close(twice(op, x), twice(lambda x: 2 * torch.nn.functional.silu(x).sin(), x))
+        assert torch.autograd.gradgradcheck(op, (x,))
+    assert "wave" in str(dualop.explain(dualop.chain("wave"), x, backend="cuda"))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_stage_without_kernels_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_stage(monkeypatch)
+    file = {"cuda": "cuda/stages.cuh", "triton": "triton_kernels/stages.py"}[name]
+    with pytest.raises(BackendUnavailable, match=f"{file} has no function wave.*can: reference"):
+        dualop.chain("wave")(torch.ones(3), backend=name)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_second_derivative_that_the_kernels_lack_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chain runs, forward and backward; differentiated twice it is an error, and not zero."""
+    six = {"reference": lambda z: z.clamp(-3, 3) / 6 + 0.5, "gradient": STAGES["hardsigmoid"].gradient}
+    add_stage(monkeypatch, name=f"six_{name}", kernel_name=lambda: "hardsigmoid", **six)
+    op, x = dualop.chain(f"six_{name}"), torch.linspace(-2, 2, 7, requires_grad=True)
+    (g,) = torch.autograd.grad(op(x, backend=name).sum(), x, create_graph=True)
+    torch.testing.assert_close(g, torch.full_like(g, 1 / 6))
+    file = {"cuda": "cuda/second.cuh", "triton": "triton_kernels/second.py"}[name]
+    with pytest.raises(BackendUnavailable, match=f"{file} has no function hardsigmoid"):
+        torch.autograd.grad(g.sum(), x)
+
+
+def test_an_operand_stage_with_a_second_derivative_has_no_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a number it is a chain of one variable, but the kernels have no such function: torch's formulas do it."""
+    add_stage(
+        monkeypatch,
+        name="hypot",
+        reference=lambda z, b: (z * z + b * b).sqrt(),
+        gradient=lambda g, z, b: (g * z / (z * z + b * b).sqrt(), g * b / (z * z + b * b).sqrt()),
+        second=lambda z, b: b * b / (z * z + b * b) ** 1.5,
+        example="hypot",
+        parameters=(Parameter("operand", "hypot"),),
+        operand=True,
+    )
+    assert slope("hypot(2)") is None and slope("silu | hypot(2)") is None
+    x = torch.linspace(-2, 2, 7, dtype=torch.double).requires_grad_()
+    right = twice(lambda x: (x * x + 4).sqrt(), x)
+    torch.testing.assert_close(twice(functools.partial(dualop.chain("hypot(2)"), backend="reference"), x), right)
+    with pytest.raises(ChainError, match="no slope"):
+        parse("slope of hypot(2)")
+
+
+def test_what_has_no_slope_is_refused_as_one() -> None:
+    for text in ("slope of add", "slope of mul(x)", "slope of slope of silu", "slope of ", "slope of nothing"):
+        with pytest.raises(ChainError):
+            parse(text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_beside_an_infinite_slope_stays_zero(name: str) -> None:
+    """Behind the last curved stage nothing turns: 0 * inf must not get in."""
+    x = torch.tensor([-2.0, 0.5, 3.0], requires_grad=True)
+    for text in ("mul(inf)", "div(0)", "leaky_relu(inf)"):
+        g, one = torch.ones(3, requires_grad=True), torch.ones(3)
+        (turned,) = BACKENDS[name].backward(slope_of(text), one, x.detach(), [g.detach()], [True, False])
+        assert torch.equal(turned, torch.zeros(3)), text
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -22,8 +22,8 @@ from torch import Tensor
 import dualop
 from dualop import registry
 from dualop.chains import Chain
-from dualop.ranges import SPECIALISED
-from dualop.slopes import SECOND, is_curved
+from dualop.ranges import SPECIALISED, curved
+from dualop.slopes import Slope
 from dualop.sources import folder
 from dualop.stages import STAGES
 
@@ -350,6 +350,118 @@ def test_stage_with_other_parameters(text: str, backend: str) -> None:
     assert not problems, "\n".join(problems)
 
 
+# ---- infinity --------------------------------------------------------------------------------------------------------
+
+# Stages whose gradient at plus and minus infinity is NaN by torch's formulas, though it has a limit.
+LIMITS = ("silu", "mish", "gelu", 'gelu(approximate="tanh")')
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("text", [text for text in UNARY if text != "hardtanh | gelu"])
+def test_infinity_is_as_the_readme_says(text: str, dtype: str, backend: str) -> None:
+    """torch's number wherever it has one; else the limit or NaN, in float32 the kernels have the limit of a slope."""
+    op, kind = dualop.chain(text), DTYPES[dtype]
+    x = torch.tensor([math.inf, -math.inf], dtype=kind)
+    y, (gx,) = computed(op, backend, x)
+    wide = torch.float64 if kind == torch.float64 else torch.float32
+    lone, torchs = by_torch(op, wide, x), by_torch(op, wide, x.repeat_interleave(64))  # a loop's tail and its vectors
+    (value, slope), (one, one_slope) = ((v.to(kind), s[0].to(kind)) for v, s in (torchs, lone))
+    assert (slope.isnan().all() and one_slope.isnan().all()) == (text in (*LIMITS, "softsign"))
+    for got, many, few in ((y, value[::64], one), (gx, slope[::64], one_slope)):
+        right = (got == many) | (got == few) | many.isnan() | few.isnan()
+        assert right.all(), (got, many, few)
+    if text in LIMITS:
+        limit = torch.tensor([1.0, 0.0], dtype=kind)
+        assert backend == "reference" or ((gx - limit).abs() < 1e-6).logical_or(gx.isnan()).all()
+        if backend == "reference":
+            assert gx.isnan().all()
+        elif dtype == "float32":
+            assert torch.equal(gx, limit)
+        assert y[1].isnan() and (y[0] == math.inf or y[0].isnan())
+    elif text == "softsign":
+        assert y.isnan().all() and torch.equal(gx, torch.zeros_like(gx))
+
+
+def test_the_readme_names_the_stages_that_have_a_limit() -> None:
+    readme = folder("cuda").parent / "README.md"
+    if not readme.exists():
+        pytest.skip("installed, without README")
+    (paragraph,) = [p for p in readme.read_text().split("\n- ") if "minus infinity" in p]
+    assert all(f"`{text}`" in paragraph for text in (*LIMITS, "softsign"))
+
+
+# ---- numbers beyond float32 ------------------------------------------------------------------------------------------
+
+
+def beyond(numbers: tuple[str, ...] = ("1e39", "-1e39", "1e300", "-1e300")) -> list[str]:
+    """Every stage with a number, with each of these in each place where the chain is accepted."""
+    texts = []
+    for stage in STAGES.values():
+        given = ["0.5" if p.default is None or stage.operand else repr(p.default) for p in stage.parameters]
+        for i, parameter in enumerate(stage.parameters):
+            if not parameter.words:
+                texts += [f"{stage.name}({', '.join([*given[:i], n, *given[i + 1 :]])})" for n in numbers]
+    return [text for text in texts if accepted(text)]
+
+
+def accepted(text: str) -> bool:
+    try:
+        dualop.chain(text)
+    except dualop.errors.ChainError:
+        return False
+    return True
+
+
+FEW = ("1e39",)  # a compiler takes its time
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_numbers_beyond_float32_are_infinite_on_every_backend(dtype: str) -> None:
+    """As the kernels round them; torch refuses some. In float64 they are what they are."""
+    kind = DTYPES[dtype]
+    large = min(torch.finfo(kind).max / 2, 1e38)
+    x = torch.tensor([-large, -5.0, -0.5, -0.0, 0.0, 0.5, 5.0, large, math.inf, -math.inf, math.nan], dtype=kind)
+    for text in beyond():
+        op, by_kernel = dualop.chain(text), {}
+        backends = ("triton", "cuda") if dtype == "float32" and text in beyond(FEW) else ("triton",)
+        for backend in ("reference", *backends):
+            leaf = x.clone().to(DEVICE).requires_grad_()
+            y = op(leaf, backend=backend)
+            (g,) = torch.autograd.grad(y, leaf, torch.ones_like(y), create_graph=True)
+            turned = torch.autograd.grad(g.sum(), leaf)[0] if g.requires_grad else torch.zeros_like(g)
+            by_kernel[backend] = [t.detach().cpu() for t in (y, g, turned)]
+        for got in (by_kernel[b] for b in backends):
+            for mine, right in zip(got, by_kernel["reference"], strict=True):
+                known = right.isfinite() | (x.abs() < large)
+                if text.startswith("softplus(1.0, "):  # without threshold torch's exp overflows, the kernels' does not
+                    known &= x < 80
+                torch.testing.assert_close(mine[known], right[known], equal_nan=True, msg=f"{text}: {mine} {right}")
+    assert len(beyond()) > 60 and {dualop.chain(t).calls[0].stage.name for t in beyond()} >= {"clamp", "maximum"}
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_bounds_beyond_float32_do_not_bind(backend: str) -> None:
+    x = torch.tensor([-3e38, -1.0, 0.0, 2.0, 3e38])
+    for text in ("clamp(-1e39, 1e300)", "hardtanh(-1e39, 1e39)", "minimum(1e39)", "maximum(-1e39)", "softshrink(0)"):
+        assert torch.equal(computed(dualop.chain(text), backend, x)[0], x), text
+    for text in ("clamp(min=1e39)", "maximum(1e39)"):
+        assert (computed(dualop.chain(text), backend, x)[0] == math.inf).all(), text
+        half, _ = computed(dualop.chain(text), backend, x[1:4].half())
+        assert (half == math.inf).all(), text
+    largest = torch.finfo(torch.float32).max
+    for number in (largest, largest * (1 + 2.0**-26)):  # rounds to the largest float32
+        assert (computed(dualop.chain(f"clamp(min={number!r})"), backend, x)[0] == largest).all(), number
+
+
+def test_celu_is_refused_where_its_inverse_is_no_float32() -> None:
+    """torch refuses these too, but in float64."""
+    for alpha in (1e39, -1e39, 1e-39, math.inf, 0):
+        with pytest.raises(dualop.errors.ChainError, match="alpha must be from"):
+            dualop.stages.celu(alpha)
+    assert dualop.stages.celu(1e-38) and dualop.stages.celu(-1e38)
+
+
 OPERAND_VALUES = (0.0, -0.0, 1.0, -1.0, 0.5, 3.0, -20.0, 1e-3, 1e4, 0.3)
 
 
@@ -522,14 +634,25 @@ def test_the_three_tables_have_the_same_parameters() -> None:
 
 
 def test_the_three_tables_have_the_same_second_derivatives() -> None:
-    """dualop/slopes.py says which stages have one; the kernels have these and those of their specialised forms."""
-    ours = [name for name, _ in cuda_stages() if is_curved(name)]
-    assert [name for name in ours if name not in SPECIALISED] == list(SECOND)
+    """The table says which stages have one; the kernels have these and those of their specialised forms."""
+    ours = [name for name, _ in cuda_stages() if name in curved_names()]
+    assert {name for name in ours if name not in SPECIALISED} == curved_names() - {
+        "gelu_unit",
+        "gelu_upper",
+        "tanh_approx",
+    }
     functions = triton_functions("second.py")
     assert list(functions) == ours
     assert cuda_stages("second.cuh") == [(name, count) for name, count in cuda_stages() if name in ours]
     for name, count in cuda_stages("second.cuh"):
         assert len(functions[name]) == 2 + count, name  # z, BITS
+
+
+def curved_names() -> set[str]:
+    """The kernel functions that have a second derivative."""
+    texts = [s.example for s in STAGES.values() if not s.operand]
+    texts += ['gelu(approximate="tanh")', "tanh | gelu", "sigmoid | gelu", "tanh | sub(1)"]
+    return {name for text in texts for name in curved(Slope(dualop.chain(text)))}
 
 
 def test_every_stage_is_complete() -> None:

@@ -214,7 +214,7 @@ def hardswish_backward(z, gy, BITS: tl.constexpr):
 
 @triton.jit
 def elu(z, alpha: tl.constexpr, BITS: tl.constexpr):
-    return tl.where(z <= 0, number(z, alpha) * math.expm1(z, BITS), z)
+    return tl.where(z < 0, number(z, alpha) * math.expm1(z, BITS), z)
 
 
 @triton.jit

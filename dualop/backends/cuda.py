@@ -20,11 +20,12 @@ from dualop import build, pool, tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.chains import Chain
 from dualop.errors import BackendUnavailable
+from dualop.functions import lacking
 from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
 from dualop.native.record import Word, launched, number
-from dualop.ranges import Step, steps
-from dualop.slopes import Slope, is_curved
+from dualop.ranges import Step, curved, steps
+from dualop.slopes import Slope
 from dualop.sources import cuda_header
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
@@ -50,7 +51,7 @@ Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...], bool]
 Cuts = tuple[Cut, Cut]  # of the forward and the backward kernel
 
 
-def source(chain: Chain, signature: Signature, host: bool, cuts: Cuts | None = None) -> str:
+def source(chain: Chain | Slope, signature: Signature, host: bool, cuts: Cuts | None = None) -> str:
     """The whole text that is compiled: the kernels, the chain as a type, and the exported launchers.
 
     Of `cuts`, by default the heuristic's, the rows and the registers are compiled in; the threads come with a launch.
@@ -62,7 +63,8 @@ def source(chain: Chain, signature: Signature, host: bool, cuts: Cuts | None = N
     form, header, exported = (
         ("Slope", "second.cuh", "DUALOP_SLOPE_LIBRARY") if sloped else ("Chain", "library.cuh", "DUALOP_LIBRARY")
     )
-    stages = ",\n    ".join(_stage(step, sloped) for step in steps(chain))
+    bent = curved(chain) if isinstance(chain, Slope) else frozenset[str]()
+    stages = ",\n    ".join(_stage(step, step.function in bent) for step in steps(chain))
     kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
     compiled = ", ".join(f"Cut<{c.rows}, {c.resident}>" for c in cuts or _untuned(chain, dtype, len(inputs)))
     return (
@@ -73,13 +75,13 @@ def source(chain: Chain, signature: Signature, host: bool, cuts: Cuts | None = N
     )
 
 
-def _stage(step: Step, sloped: bool) -> str:
+def _stage(step: Step, bent: bool) -> str:
     function = f"stage::{step.function}"
     if step.operand is not None:
         taken = f"Operand<{step.operand}>" if isinstance(step.operand, int) else f"Number<{_number(step.operand)}>"
         return f"With<{function}, {taken}>"
     parameters = f"<{', '.join(map(_number, step.numbers))}>" if step.numbers else ""
-    if sloped and is_curved(step.function):
+    if bent:
         return f"Curved<{function}{parameters}, second::{step.function}{parameters}>"
     return f"Only<{function}{parameters}>"
 
@@ -97,13 +99,13 @@ def _kind(kind: int) -> str:
     return " | ".join((*names, *more)) or "0"
 
 
-def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) -> Cut:
+def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
     """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
     forward, backward = _untuned(chain, view.dtype, len(view.views))
     return TALL[view.dtype].fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
 
 
-def _untuned(chain: Chain, dtype: torch.dtype, inputs: int) -> Cuts:
+def _untuned(chain: Chain | Slope, dtype: torch.dtype, inputs: int) -> Cuts:
     forward, backward = FORWARD[dtype], BACKWARD[dtype]
     # Long chains, many inputs and slopes need more registers than `resident` leaves: they would spill.
     if len(steps(chain)) + inputs < 8 and not isinstance(chain, Slope):
@@ -111,12 +113,12 @@ def _untuned(chain: Chain, dtype: torch.dtype, inputs: int) -> Cuts:
     return replace(forward, resident=1), replace(backward, resident=1)
 
 
-def _cuts(chain: Chain, view: Layout, device: torch.device) -> Cuts:
+def _cuts(chain: Chain | Slope, view: Layout, device: torch.device) -> Cuts:
     chosen = lambda way: tuned.chosen("cuda", chain, view, way, device, heuristic(chain, view, way, device))
     return chosen("forward"), chosen("backward")
 
 
-def _build(chain: Chain, signature: Signature, device: torch.device, cuts: Cuts) -> build.Build:
+def _build(chain: Chain | Slope, signature: Signature, device: torch.device, cuts: Cuts) -> build.Build:
     host = device.type == "cpu"
     arch = None if host else torch.cuda.get_device_capability(device)
     return build.Build("host" if host else "cuda", source(chain, signature, host, cuts), host, arch)
@@ -172,7 +174,7 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _plan(chain: Chain, view: Layout, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Plan:
+def _plan(chain: Chain | Slope, view: Layout, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Plan:
     cuts = _cuts(chain, view, device)
     library = _build(chain, _signature(view, dtypes), device, cuts).load()
     for launcher in [library.dualop_backward] + ([] if isinstance(chain, Slope) else [library.dualop_forward]):
@@ -201,14 +203,14 @@ class Cuda:
             return [no_gpu, *_missing_tools(False)]
         return _missing_tools(False)
 
-    def reasons(self, chain: Chain, device: torch.device) -> list[str]:
-        if device.type == "cpu":
-            return _missing_tools(True) if INTERPRET else [CPU_REASON]
-        if device.type != "cuda":
+    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
+        if device.type == "cpu" and not INTERPRET:
+            return [CPU_REASON]
+        if device.type not in ("cpu", "cuda"):
             return [f"has no kernels for {device.type} tensors"]
-        return _missing_tools(False)
+        return [*_missing_tools(device.type == "cpu"), *lacking("cuda", chain)]
 
-    def source(self, chain: Chain) -> str:
+    def source(self, chain: Chain | Slope) -> str:
         return source(chain, (torch.float32, _plain_inputs(chain), True), host=False)
 
     def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
@@ -223,12 +225,12 @@ class Cuda:
         return y
 
     def backward(
-        self, chain: Chain, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:
         tensors, device = (x, *operands), device_of(x, operands)
         view = layout(x, operands)
         if not view.total:
-            return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
+            return [view.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
         inputs = _readable(view, tensors, device)
         if gy.stride() != view.strides or gy.dtype != view.dtype:
             gy = view.output(device).copy_(gy)
@@ -258,7 +260,7 @@ def _walk(v: View) -> tuple[int, int, int, int]:
     return v.div, v.mod, v.row_stride, v.outer_stride
 
 
-def _plain_inputs(chain: Chain) -> tuple[tuple[torch.dtype, int], ...]:
+def _plain_inputs(chain: Chain | Slope) -> tuple[tuple[torch.dtype, int], ...]:
     return ((torch.float32, FULL), *[(torch.float32, COLUMN)] * len(chain.operands))
 
 

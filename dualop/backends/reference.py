@@ -13,11 +13,14 @@ from dualop.slopes import Slope, slope_gradients
 
 
 def evaluate(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
-    """The stages one after the other in the tensors' own dtypes, as a user would write them. Differentiable."""
+    """The stages one after the other in the tensors' own dtypes, as a user would write them. Differentiable.
+
+    Numbers beyond float32's range are infinite, as in the kernels, but in float64.
+    """
     values = dict(zip(chain.operands, operands, strict=True), x=x)
     z = x
     for call in chain.calls:
-        arguments = [values[call.operand]] if isinstance(call.operand, str) else call.arguments
+        arguments = [values[call.operand]] if isinstance(call.operand, str) else call.numbers(z.dtype)
         z = call.stage.reference(z, *arguments)
     return z
 
@@ -39,7 +42,7 @@ def reference(chain: Chain, x: Tensor, operands: Sequence[Tensor] = ()) -> Tenso
 
 
 def reference_gradients(
-    chain: Chain, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+    chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients of `reference` by each stage's own formula, for those of (x, *operands) that `needs` asks for.
 
@@ -54,7 +57,7 @@ def reference_gradients(
     values = dict(zip(("x", *chain.operands), (t.to(wide) for t in tensors), strict=True))
     steps, z = [], values["x"]
     for call in chain.calls:
-        arguments = [values[call.operand]] if isinstance(call.operand, str) else call.arguments
+        arguments = [values[call.operand]] if isinstance(call.operand, str) else call.numbers(z.dtype)
         steps.append((call, z, arguments))
         z = call.stage.reference(z, *arguments)
     given: dict[str, list[Tensor]] = {name: [] for name in values}
@@ -78,20 +81,23 @@ class Reference:
     def environment(self) -> list[str]:
         return []
 
-    def reasons(self, chain: Chain, device: torch.device) -> list[str]:
+    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
         return []
 
     def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
         with torch.no_grad():
-            return reference(chain, x, operands)
+            y = reference(chain, x, operands)
+        view = layout(x, operands)
+        # Some functions of torch's do not keep the order of memory, such as logsigmoid.
+        return y if y.stride() == view.strides else view.output(y.device).copy_(y)
 
     def backward(
-        self, chain: Chain, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:
         view = layout(x, operands)
         wanted = [t for t, need in zip((x, *operands), needs, strict=True) if need]
         with torch.no_grad():
-            found = reference_gradients(chain, gy, x, operands, needs)
+            found = reference_gradients(chain, gy.to(view.dtype), x, operands, needs)
             # Into memory of their own: the gradient of an add is gy itself.
             return [view.like(t).copy_(g) for t, g in zip(wanted, found, strict=True)]
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from dualop import tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
 from dualop.chains import Chain
+from dualop.functions import lacking
 from dualop.generated import imported
 from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
 from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
 from dualop.native.triton import launched
-from dualop.ranges import steps
-from dualop.slopes import Slope, is_curved
+from dualop.ranges import curved, steps
+from dualop.slopes import Slope
 
 # As in the CUDA backend, but for the compiler's own choice of registers.
 FORWARD = {
@@ -48,18 +49,18 @@ RESERVED = 8 << 10  # bytes of a program's shared memory, for sums of its thread
 OPTIONS = {} if INTERPRET else {"enable_fp_fusion": True}
 
 
-def source(chain: Chain, kinds: Sequence[int]) -> str:
+def source(chain: Chain | Slope, kinds: Sequence[int]) -> str:
     """The text of the chain's file for inputs of these kinds (dualop/layout.py), x first."""
     from dualop.triton_kernels import generate, slope
 
     title, stages = str(chain).replace('"', "'"), steps(chain)
     if isinstance(chain, Slope):
-        return slope.generate(title, stages, [s.function for s in stages if is_curved(s.function)], kinds)
+        return slope.generate(title, stages, curved(chain), kinds)
     return generate.generate(title, stages, kinds)
 
 
 @lru_cache(maxsize=1024)
-def _module(chain: Chain, kinds: tuple[int, ...]) -> ModuleType:
+def _module(chain: Chain | Slope, kinds: tuple[int, ...]) -> ModuleType:
     """The chain's file, written to the cache under a name of its content, and imported. Triton reads it from there."""
     return imported(source(chain, kinds))
 
@@ -78,14 +79,14 @@ class Triton:
             return ["no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels on CPU tensors", *_missing()]
         return list(_missing())
 
-    def reasons(self, chain: Chain, device: torch.device) -> list[str]:
+    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
         if device.type == "cpu" and not INTERPRET:
             return [CPU_REASON]
         if device.type not in ("cpu", "cuda"):
             return [f"has no kernels for {device.type} tensors"]
-        return _missing()
+        return [*_missing(), *lacking("triton", chain)]
 
-    def source(self, chain: Chain) -> str:
+    def source(self, chain: Chain | Slope) -> str:
         return source(chain, (FULL, *[COLUMN] * len(chain.operands)))
 
     def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
@@ -98,12 +99,12 @@ class Triton:
         return y
 
     def backward(
-        self, chain: Chain, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:
         tensors, device = (x, *operands), device_of(x, operands)
         view = layout(x, operands)
         if not view.total:
-            return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
+            return [view.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
         if gy.stride() != view.strides or gy.dtype != view.dtype:
             gy = view.output(device).copy_(gy)
         launch = _launch(chain, view, device, tuple(needs))
@@ -143,7 +144,7 @@ class Launch:
 
 
 @lru_cache(maxsize=2048)
-def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool, ...] | None) -> Launch:
+def _launch(chain: Chain | Slope, view: Layout, device: torch.device, needs: tuple[bool, ...] | None) -> Launch:
     """Of the forward kernel, or of the backward kernel with these gradients."""
     module = _module(chain, tuple(v.kind for v in view.views))
     walks = tuple((v.div, v.mod, v.row_stride, v.outer_stride) for v in view.views)
@@ -177,7 +178,7 @@ def _launch(chain: Chain, view: Layout, device: torch.device, needs: tuple[bool,
 tuned.on_change(_launch.cache_clear)
 
 
-def heuristic(chain: Chain, view: Layout, direction: str, device: torch.device) -> Cut:
+def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
     """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
     reduced = direction == "backward" and any(v.reduced for v in view.views)
     cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
