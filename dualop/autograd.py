@@ -27,19 +27,14 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.compiler import is_compiling
 from torch.overrides import is_tensor_like
 
-from dualop import chains, direct, distributed, native, registry
+from dualop import chains, direct, distributed, native, ops, registry
 from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.chains import Chain
 from dualop.layout import checked, device_of, validate
 from dualop.native import known
 from dualop.slopes import parse, slope
 
-_LIBRARY = torch.library.Library("dualop", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define("forward(Tensor x, Tensor[] operands, str chain, str backend) -> Tensor", tags=_TAGS)
-_LIBRARY.define(
-    "backward(Tensor gy, Tensor x, Tensor[] operands, str chain, str backend, bool[] needs) -> Tensor[]", tags=_TAGS
-)
+ops.define()
 _forward_op = torch.ops.dualop.forward.default
 _backward_op = torch.ops.dualop.backward.default
 
@@ -283,15 +278,12 @@ def _backward_vmap(
     return [g.reshape(size, *shape) for g, shape in zip(gradients, wanted, strict=True)], [0] * len(gradients)
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("forward", _forward, _key)
-    _LIBRARY.impl("backward", _backward, _key)
-_LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
-_LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
-torch.library.register_fake("dualop::forward", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("dualop::backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_vmap("dualop::forward", _forward_vmap, lib=_LIBRARY)
-torch.library.register_vmap("dualop::backward", _backward_vmap, lib=_LIBRARY)
+ops.implement(
+    "forward", CPU=_forward, CUDA=_forward, Autograd=_forward_autograd, fake=_forward_fake, vmap=_forward_vmap
+)
+ops.implement(
+    "backward", CPU=_backward, CUDA=_backward, Autograd=_backward_autograd, fake=_backward_fake, vmap=_backward_vmap
+)
 
 chains._run = run
 
@@ -303,3 +295,4 @@ for _kernel in (
     *(ChainFunction.backward, ChainFunction.jvp, _gradients, _second),
 ):
     eval_frame.set_code_exec_strategy(_kernel.__code__, _SKIP)
+eval_frame.set_code_exec_strategy(ops.entry(), _SKIP)

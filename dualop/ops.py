@@ -1,0 +1,71 @@
+"""The two ops as torch knows them: defined once in a process, with an implementation that can be replaced.
+
+    ops.define()                            torch.ops.dualop has the ops from now on
+    ops.implement("forward", CPU=f, ...)    f runs for this op and dispatch key from now on
+
+A module may run again: importlib.reload, a notebook's autoreload, a test that purges sys.modules. torch lets no one
+define an op twice, and one that is taken back crashes whoever still holds it: an older chain, a compiled graph. So the
+definition stays, and what torch calls looks up the newest implementation in a table. Library and table lie where no
+purge of this package reaches them, beside the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+
+from dualop.errors import DualopError
+
+SCHEMAS = {
+    "forward": "(Tensor x, Tensor[] operands, str chain, str backend) -> Tensor",
+    "backward": "(Tensor gy, Tensor x, Tensor[] operands, str chain, str backend, bool[] needs) -> Tensor[]",
+}
+KEYS = ("CPU", "CUDA", "Autograd")  # the kernels of Autograd get the set of dispatch keys as their first argument
+
+Table = dict[tuple[str, str], Callable[..., Any]]
+
+
+def define() -> None:
+    """Define the ops unless that was done. Raises DualopError if an older version of dualop defined other ones."""
+    defined = _state().setdefault("schemas", SCHEMAS)
+    if defined != SCHEMAS:
+        raise DualopError("this process had another version of dualop, whose ops torch still has: start Python anew")
+    if "library" in _state():
+        return
+    library = _state()["library"] = torch.library.Library("dualop", "DEF")
+    table: Table = _state()["table"]
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for name in SCHEMAS:
+        for key in KEYS:
+            library.impl(name, _newest(table, name, key), key, with_keyset=key == "Autograd")
+        torch.library.register_fake(f"dualop::{name}", _newest(table, name, "fake"), lib=library)
+        torch.library.register_vmap(f"dualop::{name}", _newest(table, name, "vmap"), lib=library)
+
+
+def implement(name: str, **functions: Callable[..., Any]) -> None:
+    """Have these functions run for an op from now on: one for each of KEYS, "fake" and "vmap"."""
+    _state()["table"].update({(name, key): function for key, function in functions.items()})
+
+
+def entry() -> CodeType:
+    """The code of what torch calls, which calls the functions given to `implement`."""
+    return _state()["entry"]
+
+
+def _newest(table: Table, name: str, key: str) -> Callable[..., Any]:
+    place = name, key
+
+    def call(*arguments: Any) -> Any:
+        return table[place](*arguments)
+
+    _state()["entry"] = call.__code__
+    return call
+
+
+def _state() -> dict[str, Any]:
+    namespace = vars(torch.ops.dualop)
+    return namespace.setdefault("_dualop", {"table": {}})
