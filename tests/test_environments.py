@@ -109,6 +109,7 @@ def public() -> Iterator[Path]:
 def test_a_user_without_a_home_of_its_own(home: str, public: Path) -> None:
     (public / "home").mkdir(mode=0o700)
     variables = {"HOME": str(public / "home")} if home != "none" else {}
+    variables["TORCHINDUCTOR_CACHE_DIR"] = str(public / "inductor")  # torch 2.11 itself names this one after the user
     done = python(USE.format(backends=("cuda", "triton")), public, NOBODY, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     private = public / f"dualop-{NOBODY}"
@@ -126,7 +127,8 @@ import pwd
 def unknown(user): raise KeyError(f"getpwuid(): uid not found: {user}")
 pwd.getpwuid = unknown
 """
-    done = python(code + USE.format(backends=("cuda", "triton")), tmp_path)
+    names = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}  # torch 2.11 itself names this one after the user
+    done = python(code + USE.format(backends=("cuda", "triton")), tmp_path, **names)
     assert done.returncode == 0, done.stderr[-3000:]
     private = tmp_path / f"dualop-{os.geteuid()}"
     assert done.stdout.split() == [str(private)] and stat.S_IMODE(private.stat().st_mode) == 0o700
