@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from torch.overrides import is_tensor_like
 
 import dualop
-from dualop import autograd_kernel, chains, direct, distributed, native, registry, torch_private, versions
+from dualop import autograd_kernel, chains, direct, distributed, native, ops, registry, torch_private, versions
 from dualop.autograd_kernel import below_function, differentiably, forward_mode, have_tangents
 from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.calls import backward_chain, check_gradient, check_shape, forward_chain
@@ -35,12 +35,7 @@ if versions.of(torch.__version__) not in versions.TORCH:
     autograd_kernel.try_out()
     direct.try_out()
 
-_LIBRARY = torch.library.Library("dualop", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define("forward(Tensor x, Tensor[] operands, str chain, str backend) -> Tensor", tags=_TAGS)
-_LIBRARY.define(
-    "backward(Tensor gy, Tensor x, Tensor[] operands, str chain, str backend, bool[] needs) -> Tensor[]", tags=_TAGS
-)
+ops.define()
 _forward_op = torch.ops.dualop.forward.default
 _backward_op = torch.ops.dualop.backward.default
 
@@ -340,27 +335,33 @@ def _backward_vmap(
     return [g.reshape(size, *shape) for g, shape in zip(gradients, wanted, strict=True)], [0] * len(gradients)
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("forward", _forward, _key)
-    _LIBRARY.impl("backward", _backward, _key)
-if FUNCTION.works:
-    _LIBRARY.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
-    _LIBRARY.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
-else:
-    torch.library.register_autograd("dualop::forward", _forward_rule, setup_context=_keep_forward, lib=_LIBRARY)
-    torch.library.register_autograd("dualop::backward", _backward_rule, setup_context=_keep_backward, lib=_LIBRARY)
-_LIBRARY.impl("backward", _backward_legacy_vmap, "Batched")
-torch.library.register_fake("dualop::forward", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("dualop::backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_vmap("dualop::forward", _forward_vmap, lib=_LIBRARY)
-torch.library.register_vmap("dualop::backward", _backward_vmap, lib=_LIBRARY)
+ops.implement(
+    "forward",
+    CPU=_forward,
+    CUDA=_forward,
+    fake=_forward_fake,
+    vmap=_forward_vmap,
+    Autograd=_forward_autograd,
+    setup_context=_keep_forward,
+    backward=_forward_rule,
+)
+ops.implement(
+    "backward",
+    CPU=_backward,
+    CUDA=_backward,
+    Batched=_backward_legacy_vmap,
+    fake=_backward_fake,
+    vmap=_backward_vmap,
+    Autograd=_backward_autograd,
+    setup_context=_keep_backward,
+    backward=_backward_rule,
+)
 
 chains._run = run
 
-torch_private.skip_frames(
-    [
-        *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake, _result_fake),
-        *(_forward_vmap, _backward_vmap, ChainFunction.forward, ChainFunction.setup_context),
-        *(ChainFunction.backward, ChainFunction.jvp, _gradients, _second),
-    ]
+_KERNELS = (
+    *(_forward, _backward, _forward_autograd, _backward_autograd, _forward_fake, _backward_fake, _result_fake),
+    *(_forward_vmap, _backward_vmap, ChainFunction.forward, ChainFunction.setup_context),
+    *(ChainFunction.backward, ChainFunction.jvp, _gradients, _second),
 )
+torch_private.skip_frames([ops.entry(), *(kernel.__code__ for kernel in _KERNELS)])

@@ -22,17 +22,19 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
+from dualop import cache, locks
 from dualop.errors import BackendUnavailable, BuildError
+from dualop.locks import cached_property
 
 # Without -fno-gnu-unique the static (shared) storage of one kernel template would be one object in all libraries.
 HOST_FLAGS = ("-O2", "-std=c++17", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique")
@@ -45,11 +47,32 @@ VARIABLES = ("CC", "CXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "C
 
 USUAL_CUDA = "/usr/local/cuda"
 EMPTY_ARCHIVE = b"!<arch>\n"
+WRAPPERS = ("ccache", "sccache")
 
-# g++ "f.cpp:3:5: error: ...", nvcc "f.cu(3): error: ...", "nvcc fatal   : ...", "ptxas error   : ...", the linker's.
-_ERROR = re.compile(r"\b(?:fatal )?error\b[^:=/]{0,12}:|\bfatal\s*:|undefined reference|cannot find -l|No space left")
+# g++ "f.cpp:3:5: error: ...", nvcc "f.cu(3): error: ...", "nvcc fatal   : ...", "ptxas error   : ...", the linker's,
+# and what a shell says of a program that it cannot start: "/bin/sh: 1: g+++: not found".
+_ERROR = re.compile(
+    r"\b(?:fatal )?error\b[^:=/]{0,12}:|\bfatal\s*:|undefined reference|cannot find -l|No space left"
+    r"|^\S*sh: .*(?:not found|No such file|[Pp]ermission denied|Exec format|[Cc]annot execute|bad interpreter)"
+)
+
+# What ninja and the shell take for a path wherever torch puts it; torch escapes blanks only, and only in some places.
+_PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
+KEEPER = "dualop-nvcc.sh"
 
 _one_in_this_process = threading.Lock()  # a build sets environment variables and torch's CUDA_HOME
+_undo: list[Callable[[], None]] = []  # what puts them back
+
+
+def _in_child() -> None:
+    """Forked while another thread builds: that thread is not there to unlock and to put back what it changed."""
+    global _one_in_this_process
+    _one_in_this_process = threading.Lock()
+    while _undo:
+        _undo.pop()()
+
+
+locks.in_child(_in_child)
 
 
 @dataclass(frozen=True)
@@ -74,7 +97,10 @@ class Build:
         """
         if self._compilers_found():
             return _opened(self.library)
-        others = sorted(cache_folder().glob(f"{self.prefix}_{self._content}_*/*.so"))
+        try:
+            others = sorted(cache.folder().glob(f"{self.prefix}_{self._content}_*/*.so"))
+        except OSError:  # a folder that may not be looked into
+            return None
         return next((library for library in map(_opened, others) if library), None)
 
     def build(self) -> Path:
@@ -86,19 +112,14 @@ class Build:
         missing = missing_tools(self.host)
         if missing:
             raise BackendUnavailable("kernels cannot be compiled here: " + "; ".join(missing))
-        from filelock import FileLock
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / "lock")
-            lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            raise _unwritable(error) from error
-        try:
+        with ExitStack() as held:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locks.file(self.folder / "lock"))
+            except OSError as error:
+                raise cache.unwritable(error) from error
             if _opened(self.library) is None:
                 self._compile()
-        finally:
-            lock.release()
         return self.library
 
     def load(self) -> ctypes.CDLL:
@@ -116,7 +137,7 @@ class Build:
 
     @property
     def folder(self) -> Path:
-        return cache_folder() / self.name
+        return cache.folder() / self.name
 
     @property
     def library(self) -> Path:
@@ -141,8 +162,8 @@ class Build:
         """TORCH_CUDA_ARCH_LIST's text, or flags of nvcc; "" on the host."""
         if self.host:
             return ""
-        listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-        if listed not in ("", "native"):
+        listed = _arch_list()
+        if listed:
             return listed
         capability = self.arch
         if capability is None:
@@ -170,35 +191,43 @@ class Build:
             for left in self.folder.glob("build-*"):
                 shutil.rmtree(left, ignore_errors=True)
             source = self.folder / ("source.cpp" if self.host else "source.cu")
-            source.write_text(self.source)
-            work = Path(tempfile.mkdtemp(prefix="build-", dir=self.folder))
+            source.write_text(self.source, "utf-8")
+            work = staging = Path(tempfile.mkdtemp(prefix="build-", dir=self.folder))
         except OSError as error:
-            raise _unwritable(error) from error
-        said, failure = "", None
+            raise cache.unwritable(error) from error
+        said, problem, failure = "", "", None
         try:
+            work = _plain_folder(staging)
             built = self._made(work)
+            if work != staging:
+                built = Path(shutil.copy(built, staging))
             with built.open("rb") as file:
                 os.fsync(file.fileno())  # so that no crash of the machine leaves half a library under its final name
             os.replace(built, self.library)
         except Exception as error:  # load_inline lets everything through, from ValueError to CalledProcessError
-            said, failure = f"{error}\n", error
+            problem, failure = _cxx_problem(), error
+            if isinstance(error, UnicodeError):
+                problem = f"error: a path is not in the encoding of the locale ({error}): set PYTHONUTF8=1\n"
+            said = f"{problem}{error}\n"
         finally:
             with suppress(OSError):
-                said = said or (work / "nvcc.log").read_text(errors="replace")
-            shutil.rmtree(work, ignore_errors=True)
+                said = said or (work / "nvcc.log").read_text("utf-8", "replace")
+            for folder in (work, staging):
+                shutil.rmtree(folder, ignore_errors=True)
         for temporary in (work / "main.cpp", work / "cuda.cu"):
             said = said.replace(str(temporary), str(source))
         with suppress(OSError):  # a full disk must not hide the error
-            self.log.write_text(said)
+            self.log.write_text(said, "utf-8", "surrogateescape")
         if os.environ.get("DUALOP_VERBOSE", "") not in ("", "0"):
             print(f"{self.log}:\n{said}", file=sys.stderr)
         if failure is not None:
-            first = first_error(said)
+            first = first_error(problem or said)
             raise BuildError(f"{first}\n(compiling {source}; the whole log: {self.log})", self.log, first) from failure
 
     def _made(self, work: Path) -> Path:
-        """The library, compiled in `work` from the source in `self.folder`. Whatever is raised becomes a BuildError."""
-        with _one_in_this_process, _prepared(work, None if self.host else cuda_home()) as link_flags:
+        """The library, compiled in `work` from the source. Whatever is raised becomes a BuildError."""
+        arch_list = self._architecture if self._architecture and not self._architecture.startswith("-") else None
+        with _one_in_this_process, _prepared(work, None if self.host else cuda_home(), arch_list) as link_flags:
             return self._load_inline(work, link_flags)
 
     def _load_inline(self, work: Path, link_flags: list[str]) -> Path:
@@ -206,10 +235,12 @@ class Build:
 
         # torch reads TORCH_CUDA_ARCH_LIST itself, unless a flag names the architecture.
         arch_flags = [self._architecture] if self._architecture.startswith("-") else []
+        # torch writes the text in the encoding of the locale. Beyond ASCII there are comments only.
+        source = self.source.encode("ascii", "backslashreplace").decode()
         load_inline(
             self.name,
-            cpp_sources=[self.source] if self.host else [""],
-            cuda_sources=None if self.host else [self.source],
+            cpp_sources=[source] if self.host else [""],
+            cuda_sources=None if self.host else [source],
             extra_cflags=list(HOST_FLAGS),
             extra_cuda_cflags=[*CUDA_FLAGS, *arch_flags],
             extra_ldflags=[*LINK_FLAGS, *link_flags],
@@ -222,35 +253,76 @@ class Build:
 
 
 @contextmanager
-def _prepared(work: Path, cuda: Path | None) -> Iterator[list[str]]:
+def _prepared(work: Path, cuda: Path | None, arch_list: str | None = None) -> Iterator[list[str]]:
     """What load_inline needs to find, for the time of one build; gives the linker's flags. `cuda`: None on the host."""
-    from torch.utils import cpp_extension
+    with locks.brief:
+        from torch.utils import cpp_extension
 
     # An environment that is not activated has its ninja beside its Python and not on PATH.
     changes = {"PATH": os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))}
+    compiler = cxx_command()
+    if compiler != [os.environ.get("CXX", "c++")] or not _PLAIN.fullmatch(compiler[0]):
+        # Torch 2.13 takes CXX for one word, torch 2.11 for the text of a command: a script is both.
+        script = work / "c++"
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@"\n', "utf-8", "surrogateescape")
+        script.chmod(0o755)
+        changes["CXX"] = str(script)
+        if Path(compiler[0]).name in WRAPPERS:
+            changes["TORCH_NO_COMPILER_WRAPPER"] = "1"  # torch 2.13 would put a second one in front
+    if arch_list:
+        changes["TORCH_CUDA_ARCH_LIST"] = arch_list
     link_flags, cuda_before = [], cpp_extension.CUDA_HOME
     if cuda:
-        nvcc = os.environ.get("PYTORCH_NVCC") or shlex.quote(str(cuda / "bin" / "nvcc"))
-        keeper = work / "nvcc.sh"  # load_inline throws away what a successful compiler says
-        keeper.write_text(f'{nvcc} "$@" >nvcc.log 2>&1\nstatus=$?\ncat nvcc.log\nexit $status\n')
-        changes["PYTORCH_NVCC"] = f"sh {shlex.quote(str(keeper))}"
+        nvcc = os.environ.get("PYTORCH_NVCC", "")
+        if not nvcc or KEEPER in nvcc:  # the latter from a process that was building when it started this one
+            nvcc = shlex.quote(str(cuda / "bin" / "nvcc"))
+        keeper = work / KEEPER  # load_inline throws away what a successful compiler says
+        said = f'{nvcc} "$@" >nvcc.log 2>&1\nstatus=$?\ncat nvcc.log\nexit $status\n'
+        keeper.write_text(said, "utf-8", "surrogateescape")
+        changes["PYTORCH_NVCC"] = f"sh {keeper}"
         for name in ("c10_cuda", "torch_cuda"):  # load_inline links against them, and a CPU-only torch has none
             (work / f"lib{name}.a").write_bytes(EMPTY_ARCHIVE)
         # The folder of the CUDA runtime, for when torch has not loaded the same one already.
         runtime = [folder for folder in (cuda / "lib64", cuda / "lib") if folder.is_dir()][:1]
         link_flags = [shlex.quote(flag) for flag in (f"-L{work}", *(f"-Wl,-rpath,{folder}" for folder in runtime))]
-        cpp_extension.CUDA_HOME = str(cuda)
     before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield link_flags
-    finally:
+
+    def undo() -> None:
         cpp_extension.CUDA_HOME = cuda_before
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+    _undo.append(undo)
+    try:
+        if cuda:
+            cpp_extension.CUDA_HOME = str(cuda)
+        os.environ.update(changes)
+        yield link_flags
+    finally:
+        undo()
+        _undo.clear()
+
+
+def _plain_folder(staging: Path) -> Path:
+    """The folder itself if its path is one that ninja and every shell take, else a new temporary one that is."""
+    if _PLAIN.fullmatch(str(staging)):
+        return staging
+    above = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
+    for folder in (text for text in above if _PLAIN.fullmatch(text) and os.access(text, os.W_OK | os.X_OK)):
+        return Path(tempfile.mkdtemp(prefix="dualop-build-", dir=folder))
+    raise RuntimeError(
+        f"error: ninja takes no path with other characters than ASCII letters, digits and ./_+-, as {staging} has, and "
+        f"none of {', '.join(above)} is a writable folder without: set DUALOP_CACHE_DIR or TMPDIR to one"
+    )
+
+
+def _arch_list() -> str:
+    """TORCH_CUDA_ARCH_LIST without the blanks and empty items that torch takes for names; "" if it lists nothing."""
+    items = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    return "" if items == ["native"] else ";".join(items)
 
 
 def missing_tools(host: bool) -> list[str]:
@@ -265,21 +337,30 @@ def missing_tools(host: bool) -> list[str]:
     return missing
 
 
-def cache_folder() -> Path:
-    """DUALOP_CACHE_DIR, or the user's cache folder for dualop."""
-    if os.environ.get("DUALOP_CACHE_DIR"):
-        return Path(os.environ["DUALOP_CACHE_DIR"]).expanduser().absolute()
+def cxx_command() -> list[str]:
+    """The C++ compiler and what CXX gives it along: a program if CXX as a whole is one, else the words of a command."""
+    text = os.environ.get("CXX") or "c++"
+    words = [text]
+    if _which(text) is None:
+        with suppress(ValueError):  # a quotation mark without its partner
+            words = shlex.split(text) or ["c++"]
+    if os.sep in words[0]:  # ninja starts it in another folder
+        words[0] = os.path.abspath(words[0])
+    return words
+
+
+def _cxx_problem() -> str:
+    """What is said instead of the C++ compiler's version where it cannot be started, else ""."""
     try:
-        import platformdirs
-    except ImportError:  # a checkout on a machine where nothing can be installed
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualop"
-    return Path(platformdirs.user_cache_dir("dualop"))
+        done = subprocess.run([*cxx_command(), "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{error}\n"
+    return (done.stderr or done.stdout).decode(errors="replace") if done.returncode else ""
 
 
 def find_cxx() -> Path | None:
-    """The C++ compiler that torch would call; of CXX="ccache g++" the first word."""
-    words = shlex.split(os.environ.get("CXX") or "c++")
-    return _which(words[0]) if words else None
+    """The C++ compiler that a build calls; of CXX="ccache g++" the first word."""
+    return _which(cxx_command()[0])
 
 
 def find_ninja() -> Path | None:
@@ -315,7 +396,7 @@ def _which(name: str, path: str | None = None) -> Path | None:
 
 
 def _opened(library: Path) -> ctypes.CDLL | None:
-    if not library.is_file():  # dlopen would find one that this process loaded before it was deleted
+    if not os.path.isfile(library):  # dlopen would find one that this process loaded before it was deleted
         return None
     try:
         return ctypes.CDLL(str(library))
@@ -333,9 +414,4 @@ def _stamp(compiler: Path | None) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _unwritable(error: Exception) -> BackendUnavailable:
-    folder = cache_folder()
-    return BackendUnavailable(f"cannot write to {folder} ({error}): set DUALOP_CACHE_DIR to a folder that is writable")
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dualop
-from dualop import build, probe, versions
+from dualop import build, cache, probe, versions
+from dualop.errors import DualopError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -221,7 +222,8 @@ def _tool_rows(tools: dict[str, probe.Tool], facts: dict[str, Any]) -> Iterator[
     first = FIRST_TOOLKIT.get(major, (0, 0))
     for name, tool in tools.items():
         if tool.path is None:
-            yield Row(name, tool.problem or "none", MISSING[name])
+            asked = f"none for CXX={os.environ['CXX']}" if name == "g++" and os.environ.get("CXX") else "none"
+            yield Row(name, tool.problem or asked, MISSING[name])
         elif tool.problem:
             yield Row(name, f"{tool.path}: {tool.problem}", f"it does not work; {MISSING[name]}")
         else:
@@ -231,11 +233,13 @@ def _tool_rows(tools: dict[str, probe.Tool], facts: dict[str, Any]) -> Iterator[
 
 
 def _cache_rows() -> Iterator[Row]:
-    folder = build.cache_folder()
-    if not folder.exists():
-        above = next((parent for parent in folder.parents if parent.exists()), Path("/"))
-        usable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-        advice = "" if usable else f"{above} is not writable: set DUALOP_CACHE_DIR to a folder that is"
+    try:
+        folder, problem = cache.found()
+    except DualopError as error:
+        yield Row("cache folder", "none", str(error))
+        return
+    if not os.path.isdir(folder):
+        advice = _temporary(problem) if cache.usable(folder) else f"it cannot be made: {cache.REMEDY}"
         yield Row("cache folder", f"{folder}, not there yet", advice)
         return
     try:
@@ -243,8 +247,12 @@ def _cache_rows() -> Iterator[Row]:
             writable = True
     except OSError:
         writable = False
-    advice = "" if writable else "set DUALOP_CACHE_DIR to a folder that is writable"
+    advice = _temporary(problem) if writable else cache.REMEDY
     yield Row("cache folder", f"{folder}, {'' if writable else 'not '}writable, {_contents(folder)}", advice)
+
+
+def _temporary(problem: str) -> str:
+    return f"{problem}, so builds are kept in a temporary folder: {cache.REMEDY} and lasts" if problem else ""
 
 
 def _contents(folder: Path) -> str:

@@ -73,7 +73,7 @@ def _declared(text: str) -> tuple[str, ...]:
 
 def trimmed(header: str, roots: str) -> str:
     """`cuda/HEADER` for a GPU, behind what it includes; of all that only what the C++ text `roots` leads to."""
-    headers = [(name, (folder("cuda") / name).read_text()) for name in _order(header)]
+    headers = [(name, (folder("cuda") / name).read_text("utf-8")) for name in _order(header)]
     parsed = [(name, text.splitlines(), list(items(_INCLUDES.sub("", text)))) for name, text in headers]
     every: dict[tuple[str, str], list[Item]] = {}
     for _, _, found in parsed:
@@ -94,7 +94,7 @@ def trimmed(header: str, roots: str) -> str:
 def _order(name: str) -> list[str]:
     """The header and those that it includes, each behind what it needs."""
     name = "device.cuh" if name == "platform.cuh" else name
-    needed = re.findall(r'^#include "(\w+\.cuh)"', (folder("cuda") / name).read_text(), re.MULTILINE)
+    needed = re.findall(r'^#include "(\w+\.cuh)"', (folder("cuda") / name).read_text("utf-8"), re.MULTILINE)
     return list(dict.fromkeys([*(below for one in needed for below in _order(one)), name]))
 
 

@@ -140,7 +140,7 @@ Key = tuple[str, str]
 
 def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
     """The part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`."""
-    texts = {name: (folder("triton_kernels") / f"{name}.py").read_text() for name in _MODULES[:-1]}
+    texts = {name: (folder("triton_kernels") / f"{name}.py").read_text("utf-8") for name in _MODULES[:-1]}
     texts["chain"] = triton.source(chain, plan.kinds)
     library = Library(texts)
     source = library.flattened(("chain", "forward_kernel"), ("chain", "backward_kernel"), ("tile", "sum_kernel"))

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import tempfile
 from types import ModuleType
 
-from dualop import build
-from dualop.errors import BackendUnavailable
+from dualop import cache, locks
 
 
 def imported(text: str) -> ModuleType:
     """The module of this text. Raises BackendUnavailable where the cache cannot be written to."""
     name = f"triton_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    folder = build.cache_folder()
+    folder = cache.folder()
     path = folder / f"{name}.py"
     try:
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or path.read_text("utf-8") != text:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-                file.write(text)
-            os.replace(file.name, path)
+            cache.write(path, text)
     except OSError as error:
-        raise BackendUnavailable(
-            f"cannot write to {folder} ({error}): set DUALOP_CACHE_DIR to a folder that is writable"
-        ) from error
+        raise cache.unwritable(error) from error
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with locks.brief:  # the first one imports triton
+        spec.loader.exec_module(module)
     return module

@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
+from dualop.locks import cached_property
 
 # Varies along the columns; along the rows; is repeated along the rows; has rows in two strides.
 COLUMN, ROW, WRAP, SPLIT = 1, 2, 4, 8

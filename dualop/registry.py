@@ -7,7 +7,6 @@ used), "auto". A backend that is named runs or raises; only "auto" chooses.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dualop import locks
 from dualop.backends import cuda, reference, triton
 from dualop.backends.mode import INTERPRET
 from dualop.chains import Chain
@@ -60,7 +60,6 @@ _process: str | None = None
 # in any thread, of those not left yet.
 _entered: list[list[str]] = []
 _traced: str | None = None
-_lock = threading.Lock()
 _environment = os.environ.get("DUALOP_BACKEND") or AUTO
 
 
@@ -94,14 +93,14 @@ def use_backend(name: str) -> Iterator[None]:
             _traced = before
         return
     token, mine = _context.set(name), [name]
-    with _lock:
+    with locks.brief:
         _entered.append(mine)
         _traced = name
     try:
         yield
     finally:
         _context.reset(token)
-        with _lock:
+        with locks.brief:
             _entered[:] = [choice for choice in _entered if choice is not mine]
             _traced = _entered[-1][0] if _entered else None
 

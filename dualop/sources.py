@@ -33,7 +33,7 @@ def cuda_header(name: str, host: bool) -> str:
         if header in seen:
             return ""
         seen.add(header)
-        body = (folder("cuda") / header).read_text().replace("#pragma once\n", "")
+        body = (folder("cuda") / header).read_text("utf-8").replace("#pragma once\n", "")
         return _INCLUDE.sub(lambda match: text(match[1]), body)
 
     return text(name)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -160,12 +161,12 @@ _SCHEMA_INSTEAD = (
 )
 
 
-def skip_frames(functions: list[Callable[..., Any]]) -> None:
-    """Have Dynamo neither trace nor compile these Python functions when it meets them outside of a trace."""
+def skip_frames(functions: Sequence[CodeType]) -> None:
+    """Have Dynamo neither trace nor compile functions of these codes when it meets them outside of a trace."""
     if DYNAMO.works:
         skip = frame_strategy(frame_action.SKIP, frame_action.SKIP)
-        for function in functions:
-            set_frame_strategy(function.__code__, skip)
+        for code in functions:
+            set_frame_strategy(code, skip)
 
 
 def as_constant(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,9 +25,8 @@ from typing import Any, TypeVar
 import torch
 
 import dualop
-from dualop import build, sources
+from dualop import cache, locks, sources
 from dualop.chains import Chain
-from dualop.errors import BackendUnavailable
 from dualop.launch import power_of_two
 from dualop.layout import Layout
 from dualop.slopes import Slope
@@ -85,22 +82,16 @@ def keep(what: Subject, device: torch.device, launch: Any, microseconds: float, 
 
     What other processes wrote meanwhile stays. Raises BackendUnavailable where the cache cannot be written to.
     """
-    from filelock import FileLock
-
     file = _file(device)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
+        with locks.file(f"{file}.lock"):
             found = _entries(file) or {}
             found[str(what)] = {"launch": asdict(launch), "us": round(microseconds, 3), "before_us": round(before, 3)}
             text = json.dumps({"format": FORMAT, "found": dict(sorted(found.items()))}, indent=1, allow_nan=False)
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as new:
-                new.write(text + "\n")
-            os.replace(new.name, file)
-    except (OSError, NotImplementedError) as error:
-        raise BackendUnavailable(
-            f"cannot write to {file.parent} ({error}): set DUALOP_CACHE_DIR to a folder that is writable"
-        ) from error
+            cache.write(file, text + "\n")
+    except OSError as error:
+        raise cache.unwritable(error) from error
     _read.cache_clear()
     _changed()
     return file
@@ -149,7 +140,7 @@ def _changed() -> None:
 
 
 def _folder() -> Path:
-    return build.cache_folder() / "tune"
+    return cache.folder() / "tune"
 
 
 def _name(device: torch.device) -> str:
@@ -182,7 +173,10 @@ def _triton() -> str:
 @lru_cache(maxsize=None)
 def _read(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """What is kept for a GPU; read once in a process."""
-    if not any(folder.glob(f"{name}_*.json")):  # so that the first call of most people digests no sources
+    try:
+        if not any(folder.glob(f"{name}_*.json")):  # so that the first call of most people digests no sources
+            return {}
+    except OSError:  # a folder that may not be looked into
         return {}
     file = folder / f"{name}_{_software()}.json"
     found = _entries(file)
@@ -194,7 +188,7 @@ def _read(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 def _entries(file: Path) -> dict[str, dict[str, Any]] | None:
     """The entries of a file, none if there is no file, None if it is no such file."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
         found = content["found"]
         return found if content["format"] == FORMAT and all(isinstance(v, dict) for v in found.values()) else None
     except FileNotFoundError:

@@ -21,7 +21,7 @@ import torch
 from test_stages import cuda_stages
 
 import dualop
-from dualop import build
+from dualop import build, cache
 from dualop.backends.cuda import _signature as signature_of
 from dualop.backends.cuda import source
 from dualop.layout import layout
@@ -123,7 +123,7 @@ def nvcc(text: str, folder: Path) -> str:
         pytest.skip("no nvcc")
     compiler = home / "bin" / "nvcc"
     key = hashlib.sha256(f"{text}{compiler.resolve()}{compiler.stat().st_mtime_ns}".encode()).hexdigest()[:24]
-    log = build.cache_folder() / "ptxas" / f"{key}.log"
+    log = cache.folder() / "ptxas" / f"{key}.log"
     if log.exists():
         return log.read_text()
     path = folder / "kernels.cu"
@@ -148,7 +148,7 @@ def test_cuda_without_spills_and_stack_frames(problem: Problem, tmp_path: Path, 
     assert len(kernels) == len(ARCHITECTURES) * (3 if problem.name.startswith("slope") else 5)
     name = re.sub(r"[^a-z0-9]+", "-", problem.name)
     rows = [f"{problem.name}\tsm_{k['architecture']}\t{k['kernel']}\t{k['registers']}" for k in kernels]
-    folder = build.cache_folder() / "registers"
+    folder = cache.folder() / "registers"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"cuda-{name}.tsv").write_text("\n".join(rows) + "\n")
     record_property("registers", "; ".join(rows))
@@ -216,7 +216,7 @@ def test_triton_compiles(release: str, tmp_path: Path, record_property: Any) -> 
         if row["kernel"] != "sum_kernel":
             assert row["wide_loads"] and row["wide_stores"], f"no 16-byte accesses: {row}"
     table = [f"{r['name']}\tsm_{r['architecture']}\t{r['kernel']}\t{r['registers']}\t{r['spills']}" for r in rows]
-    folder = build.cache_folder() / "registers"
+    folder = cache.folder() / "registers"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"triton-{rows[0]['triton']}.tsv").write_text("\n".join(table) + "\n")
     record_property("registers", "; ".join(table))

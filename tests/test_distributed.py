@@ -17,10 +17,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import HAS_GPU, INTERPRETED, ROOT
-from filelock import FileLock
 
 import dualop
-from dualop import capabilities, distributed, registry
+from dualop import capabilities, distributed, locks, registry
 from dualop.capabilities import processes
 from dualop.capabilities.case import Case
 
@@ -40,7 +39,7 @@ def started_once(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     file, results = tmp_path_factory.getbasetemp().parent / "two_processes.json", processes.results
 
     def shared(backends: tuple[str, ...], device_type: str) -> dict[tuple[str, str], tuple[str, float]]:
-        with FileLock(file.with_suffix(".lock")):
+        with locks.file(file.with_suffix(".lock")):
             if not file.exists():
                 found = [[*key, *value] for key, value in results(backends, device_type).items()]
                 file.write_text(json.dumps(found))

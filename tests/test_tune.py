@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from filelock import FileLock
 
 import dualop
-from dualop import tune, tuned
+from dualop import locks, tune, tuned
 from dualop.backends.reference import Reference
 from dualop.bench import tuning
 from dualop.bench.workloads import BACKWARD, FORWARD, Workload
@@ -273,7 +272,7 @@ def test_it_waits_for_another_process_that_is_writing_and_keeps_what_that_one_wr
     file = tuned.keep(subject("mul(1)"), CPU, Launch(1), 1.0, 2.0)
     assert tuned.lookup(subject("mul(1)"), CPU, Launch) == Launch(1)
     with ThreadPoolExecutor(1) as pool:
-        with FileLock(f"{file}.lock"):
+        with locks.file(f"{file}.lock"):
             kept = pool.submit(tuned.keep, subject("mul(2)"), CPU, Launch(2), 1.0, 2.0)
             with pytest.raises(TimeoutError):
                 kept.result(0.5)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualop import tuned
+from dualop import locks, tuned
 from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
 from dualop.chains import Chain
 from dualop.functions import lacking
@@ -51,7 +51,8 @@ OPTIONS = {} if INTERPRET else {"enable_fp_fusion": True}
 
 def source(chain: Chain | Slope, kinds: Sequence[int]) -> str:
     """The text of the chain's file for inputs of these kinds (dualop/layout.py), x first."""
-    from dualop.triton_kernels import generate, slope
+    with locks.brief:  # the first time it imports triton
+        from dualop.triton_kernels import generate, slope
 
     title, stages = str(chain).replace('"', "'"), steps(chain)
     if isinstance(chain, Slope):
@@ -251,7 +252,11 @@ def _options(threads: int, resident: int = 1, early: bool = False) -> dict[str, 
 
 
 def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
+    """Triton launches on the current device; its interpreter computes with NumPy, which would warn of every NaN."""
+    if INTERPRET:
+        import numpy as np
+
+        return np.errstate(all="ignore")
     away = device.type == "cuda" and torch.cuda.current_device() != device.index
     return torch.cuda.device(device) if away else nullcontext()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,8 +24,6 @@ def device() -> torch.device:
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ.setdefault("DUALOP_INTERPRET", "1")
-        # Triton's interpreter computes with numpy, which warns of every NaN and infinity that the check puts in.
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.|numpy\.")
     from dualop.registry import interpreting
 
     return torch.device("cuda" if gpu and not interpreting() else "cpu")

@@ -67,6 +67,6 @@ def write(path: Path | None, content: dict[str, Any] | str, option: str = "--jso
     text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, "utf-8")
     except OSError as error:
         raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=option) from None

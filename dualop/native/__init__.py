@@ -13,13 +13,15 @@ and wherever it cannot be built, Python's way serves. DUALOP_NATIVE=0 switches i
 
 from __future__ import annotations
 
+import atexit
 import importlib.machinery
 import importlib.util
 import os
-import shlex
+import signal
 import subprocess
 import sysconfig
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from dualop import build, torch_private, tuned
+from dualop import build, locks, torch_private, tuned
 
 SOURCES = ("tensors.h", "triton.h", "call.h", "module.cpp")
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -42,7 +44,7 @@ why_not = "" if on else "DUALOP_NATIVE=0"  # the extension is not there
 
 _module: Any = None
 _begun = False
-_lock = threading.Lock()
+_building = False  # a thread is at it
 
 
 class Extension(build.Build):
@@ -50,18 +52,39 @@ class Extension(build.Build):
 
     def _made(self, work: Path) -> Path:
         made, root = work / f"{self.name}.so", Path(torch.__file__).parent
-        compiler, source = shlex.split(os.environ.get("CXX") or "c++"), str(self.folder / "source.cpp")
+        compiler, source = build.cxx_command(), str(self.folder / "source.cpp")
         headers = (f"-I{sysconfig.get_path('include')}", "-isystem", str(root / "include"))
         command = [*compiler, *FLAGS, *headers, source, "-o", str(made), f"-L{root / 'lib'}", *LIBRARIES]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
+        status, said = _run(command)
+        if status:
+            raise RuntimeError(said)
         return made
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Exit status and output of a compiler that ends with this process, whose daemon thread nobody waits for."""
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process, owner = subprocess.Popen(command, **pipes, start_new_session=True), os.getpid()
+
+    def stop() -> None:
+        if os.getpid() == owner:  # a forked child has this function too
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
+    atexit.register(stop)
+    try:
+        out, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        stop()
+        raise
+    finally:
+        atexit.unregister(stop)
+    return process.returncode, out.decode(errors="replace")
 
 
 def extension() -> Extension:
     """The extension for this Python and this torch."""
-    lines = [line for name in SOURCES for line in (Path(__file__).parent / name).read_text().splitlines()]
+    lines = [line for name in SOURCES for line in (Path(__file__).parent / name).read_text("utf-8").splitlines()]
     own = [line for line in lines if line != "#pragma once" and '#include "' not in line]
     about = f"// {sysconfig.get_config_var('SOABI')} {' '.join(FLAGS)}"
     return Extension("native", "\n".join([about, *own, ""]), host=True)
@@ -112,11 +135,11 @@ def load() -> bool:
 
 def _begin() -> None:
     """Load the extension, or have a thread build it, which the end of the process does not wait for."""
-    global _begun
-    with _lock:
+    global _begun, _building
+    with locks.brief:
         if _begun:
             return
-        _begun = True
+        _begun = _building = True
     try:
         built = extension().try_load() is not None
     except Exception:  # the build will meet it again, and say so
@@ -128,11 +151,22 @@ def _begin() -> None:
 
 
 def _build() -> None:
-    global _module, why_not
+    global _module, why_not, _building
     try:
         _module, why_not = _imported(extension().load()._name), ""
     except Exception as error:  # whatever it is, Python's way serves
         why_not = next(iter(str(error).splitlines()), type(error).__name__)
+    _building = False
+
+
+def _in_child() -> None:
+    """Forked while a thread was building: the child does not have that thread, and begins anew."""
+    global _begun, _building
+    if _building:
+        _begun = _building = False
+
+
+locks.in_child(_in_child)
 
 
 @lru_cache(maxsize=1)
