@@ -45,6 +45,11 @@ PLAIN_KEYS = frozenset(
 
 def unwatched(tensors: Sequence[Tensor]) -> bool:
     """Whether a call with these tensors is nobody's business but the backend's: False where that is not certain."""
+    return plain(tensors) and not profiler()
+
+
+def plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are plain tensors in memory and no mode, transform or tracer is active; a profiler may watch."""
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
@@ -55,7 +60,6 @@ def unwatched(tensors: Sequence[Tensor]) -> bool:
         or dispatch_modes()
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or profiler()
         or jit_tracer()
     )
 
