@@ -45,6 +45,11 @@ def unwatched(tensors: Sequence[Tensor]) -> bool:
 
     False where that is not certain.
     """
+    return plain(tensors) and not torch_private.profiling()
+
+
+def plain(tensors: Sequence[Tensor]) -> bool:
+    """Return True if all are plain tensors in memory and no mode, transform or tracer is active; a profiler may be."""
     if torch.compiler.is_compiling() or not SHORT_WAY.works:
         return False
     for tensor in tensors:
@@ -54,7 +59,6 @@ def unwatched(tensors: Sequence[Tensor]) -> bool:
         has_torch_function(tensors)
         or torch_private.dispatch_modes()
         or torch_private.transformed()
-        or torch_private.profiling()
         or torch.jit.is_tracing()
     )
 

@@ -140,7 +140,7 @@ def emit(
     z, folded, forward = "x", with_bias(op) if spec.linear and bias else None, []
     if spec.linear:
         z = f"self.{linear}(x)" if bias and folded is None else f"x @ self.{linear}.weight.t()"
-    if folded is not None and starts_with_add(op, every, (spec.columns,)):
+    if folded is not None and starts_with_add(op) and every[0] == (spec.columns,):
         forward = [
             f"# The Linear's bias and {values[0].removeprefix('self.')} are added up first: one gradient is both's."
         ]

@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualop import registry, torch_private
+from dualop import direct, registry, torch_private
 from dualop.autograd import _backward_op
 from dualop.backends import triton
 from dualop.chains import Chain
@@ -132,6 +132,8 @@ def _of_tensors(x: Tensor, weight: Tensor, operands: Sequence[Tensor]) -> list[s
         return ["the tensors differ in dtype or device"]
     if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
         return ["a tensor is of a class of its own"]
+    if not direct.plain(tensors) or not isinstance(F.linear, BuiltinFunctionType):
+        return ["a mode, a tracer, a replaced F.linear or a tensor that is not plain memory wants torch's own product"]
     if x.device.type != ("cpu" if registry.interpreting() else "cuda"):
         return [f"there are no kernels for {x.device.type} tensors"]
     if not x.numel() or not weight.numel():

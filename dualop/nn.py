@@ -9,16 +9,18 @@ parameter has the operand's name; one that is named after its stage (`add` is `a
 `self.add` would read as a method. To choose another name, write it into the chain: `add(shift)`.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx writes the annotations of forward into its graph, and pickles types.
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import linear as linear_module
+from torch.nn.modules import module as module_module
 
-from dualop import gemm, registry
+from dualop import gemm, registry, torch_private
 from dualop.chains import MAX_OPERANDS, MAX_STAGES, Chain
 from dualop.chains import chain as make_chain
 from dualop.errors import OperandError
@@ -61,7 +63,7 @@ class ChainLayer(nn.Module):
         self._own(self.chain.bind(shapes, named), init, backend, device, dtype)
 
     def _own(self, shapes: tuple[Shape, ...], init: Init, backend: str | None, device: Any, dtype: Any) -> None:
-        self.init, self.backend = init, backend
+        self.init, self.backend = _Init(init), backend
         if backend is not None:
             registry.requested(backend)
         self.taken = tuple(n for n, shape in zip(self.chain.operands, shapes, strict=True) if shape is None)
@@ -78,13 +80,41 @@ class ChainLayer(nn.Module):
 
     def operands(self, *given: Tensor, **named: Tensor) -> tuple[Tensor, ...]:
         """All operands in the chain's order: the layer's parameters, and those given for the rest."""
-        if len(given) > len(self.taken):
-            raise OperandError(f"forward takes ({', '.join(('x', *self.taken))}), not {len(given)} operands")
-        named.update({n: getattr(self, parameter_name(n)) for n in self.chain.operands if n not in self.taken})
-        return self.chain.bind((), dict(zip(self.taken, given, strict=False)) | named)
+        return self._operands(given, named)
+
+    def _operands(self, given: Any, named: Any) -> tuple[Tensor, ...]:
+        if not isinstance(given, tuple):
+            # The layer is the root of a torch.fx trace: `forward` gets one proxy for all operands, one for all named.
+            given, named = tuple([given[i] for i in range(len(self.taken))]), {}
+        values = dict(zip(self.taken, given, strict=False))
+        wrong = [n for n in named if n not in self.taken or n in values]
+        missing = [n for n in self.taken if n not in values and n not in named]
+        if wrong or missing or len(given) > len(self.taken):
+            reasons = [f"not {len(given)} operands"] if len(given) > len(self.taken) else []
+            reasons += [f"not taken or given twice: {', '.join(wrong)}"] if wrong else []
+            reasons += [f"missing {', '.join(missing)}"] if missing else []
+            raise OperandError(f"forward takes ({', '.join(('x', *self.taken))}), {'; '.join(reasons)}")
+        values.update(named)
+        return tuple([values[n] if n in self.taken else self._parameter(n) for n in self.chain.operands])
+
+    def _parameter(self, operand: str) -> Tensor:
+        """The operand's parameter as it is now: torch's tools put tensors and properties in its place."""
+        name = parameter_name(operand)
+        value: Any = None
+        cause = None
+        try:
+            value = getattr(self, name)
+        except AttributeError as error:
+            cause = error
+        if value is None:
+            raise OperandError(
+                f"the parameter {name} of this {type(self).__name__} is None or was deleted: assign a tensor to it, or "
+                f"make the layer with the shape None for {operand} and pass it to forward"
+            ) from cause
+        return value
 
     def forward(self, x: Tensor, *operands: Tensor, **named: Tensor) -> Tensor:
-        return self.chain(x, *self.operands(*operands, **named), backend=self.backend)
+        return self.chain(x, *self._operands(operands, named), backend=self.backend)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -108,10 +138,14 @@ class LinearChain(ChainLayer):
     product keeps its bias where the chain speaks of its own input `x`, which is the Linear's output, bias and all.
     Otherwise product and chain are one Triton kernel where that is faster, with few in_features: see dualop/gemm.py.
 
+    All of that holds for an nn.Linear that nothing was done to. Whatever else is found in its place is called as any
+    module is, and the chain runs on its result: a Linear with hooks (pruning, weight_norm, spectral_norm, offloading),
+    a parametrized or quantized one, a wrapper (LoRA, FSDP), any other module. So do tracers: torch.fx and
+    torch.jit.trace find the Linear's call in the graph.
+
     x has shape (..., in_features), the result (..., out_features). Operands are as in ChainLayer, with the shape
     (out_features,) where none is given; one that is called `bias` takes its shape by position. `linear` is the name of
-    the Linear among the layer's modules: "matmul" gives `matmul.weight` and `matmul.bias`. The Linear holds the
-    parameters; it is not called itself when its bias is folded, so its hooks do not run.
+    the Linear among the layer's modules: "matmul" gives `matmul.weight` and `matmul.bias`.
     """
 
     def __init__(
@@ -137,27 +171,27 @@ class LinearChain(ChainLayer):
             raise OperandError(f"the Linear cannot be called {linear!r} in a LinearChain: choose another name")
         self.add_module(linear, nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
         self._own(bound, init, backend, device, dtype)
-        self.folded = with_bias(self.chain) if bias else None
-        self.bias_joins_add = self.folded is not None and starts_with_add(self.chain, bound, (out_features,))
+        self.folded, self.adds_first = with_bias(self.chain), starts_with_add(self.chain)
 
     def forward(self, x: Tensor, *operands: Tensor, **named: Tensor) -> Tensor:
-        linear: Any = self.get_submodule(self.linear_name)
-        values = self.operands(*operands, **named)
-        if self.folded is None and linear.bias is not None:
+        linear: Any = getattr(self, self.linear_name)
+        values = self._operands(operands, named)
+        if not is_untouched(linear, x) or (self.folded is None and linear.bias is not None):
             return self.chain(linear(x), *values, backend=self.backend)
-        if not gemm.reasons(x, linear.weight, (*values, *([] if linear.bias is None else [linear.bias])), self.backend):
-            chain, values = self._tail(linear.bias, values)
-            return gemm.run(chain, x, linear.weight, values, self.backend)
-        z = F.linear(x, linear.weight)
+        weight, bias = linear.weight, linear.bias
+        if not gemm.reasons(x, weight, (*values, *([] if bias is None else [bias])), self.backend):
+            chain, values = self._tail(bias, values)
+            return gemm.run(chain, x, weight, values, self.backend)
+        z = F.linear(x, weight)
         # As autocast does for a Linear, the bias takes the dtype of the product.
-        chain, values = self._tail(None if linear.bias is None else linear.bias.to(z.dtype), values)
+        chain, values = self._tail(None if bias is None else bias.to(z.dtype), values)
         return chain(z, *values, backend=self.backend)
 
     def _tail(self, bias: Tensor | None, values: tuple[Tensor, ...]) -> tuple[Chain, tuple[Tensor, ...]]:
         """The chain behind a product without bias, and its operands."""
         if bias is None or self.folded is None:
             return self.chain, values
-        if self.bias_joins_add and torch.is_grad_enabled():
+        if self.adds_first and values[0].shape == bias.shape and torch.is_grad_enabled():
             # One vector, so that the backward kernel has one to sum up: as two operands they cost it 126 registers in
             # place of 80 (bfloat16, sm_90). With no backward to come they are two, which saves adding them first.
             return self.chain, (bias + values[0], *values[1:])
@@ -165,7 +199,7 @@ class LinearChain(ChainLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        linear: Any = self.get_submodule(self.linear_name)
+        linear: Any = getattr(self, self.linear_name)
         linear.reset_parameters()
         super().reset_parameters()
 
@@ -181,11 +215,82 @@ def with_bias(chain: Chain) -> Chain | None:
     return make_chain(f"add({name})", chain)
 
 
-def starts_with_add(chain: Chain, shapes: tuple[Shape, ...], shape: Shape) -> bool:
-    """Whether the chain's first stage adds an operand of this shape, which no other stage takes."""
+def starts_with_add(chain: Chain) -> bool:
+    """Whether the chain's first stage adds an operand that no other stage takes."""
     first, operands = chain.calls[0], [call.operand for call in chain.calls]
-    named = isinstance(first.operand, str) and operands.count(first.operand) == 1
-    return named and first.stage.name == "add" and shapes[0] == shape
+    return first.stage.name == "add" and isinstance(first.operand, str) and operands.count(first.operand) == 1
+
+
+# A module whose class is nn.Linear differs from a new one by what its instance holds. Read off a new module, so that
+# this holds for the hooks of any torch: the containers that have to be empty, and the names of the class that no
+# attribute of the instance may hide (`forward`, what `Module.compile` leaves behind).
+_NEW = vars(nn.Module())
+_EMPTY = tuple(
+    name for name, value in _NEW.items()
+    if isinstance(value, (dict, set)) and name != "_parameters" and "state_dict" not in name
+)  # fmt: skip
+_OF_CLASS = frozenset(dir(nn.Linear)) - _NEW.keys()
+_TENSORS = (Tensor, nn.Parameter)
+
+
+def _original(function: Any, module: Any) -> Any:
+    """The function if this module of torch wrote it; None, which is equal to no function, if it was replaced."""
+    return function if getattr(function, "__globals__", None) is vars(module) else None
+
+
+_FORWARD = _original(nn.Linear.forward, linear_module)
+_CALL = _original(nn.Linear.__call__, module_module)
+
+
+def is_untouched(linear: Any, x: Any) -> bool:
+    """Whether `linear(x)` is nothing but `F.linear(x, linear.weight, linear.bias)` of plain tensors.
+
+    Only then may the product run without the bias, or in the chain's kernel. False where that is not certain: with
+    hooks of any kind, global ones too, a `forward` or weights of another class than usual, tracers, proxies.
+    """
+    if type(linear) is not nn.Linear or nn.Linear.forward is not _FORWARD or nn.Linear.__call__ is not _CALL:
+        return False
+    if torch.jit.is_tracing() or not torch_private.FOLD.works or torch_private.has_global_hooks():
+        return False
+    for name in _EMPTY:
+        if getattr(linear, name):
+            return False
+    # Dynamo of torch 2.11 knows no more of __dict__ than `in`.
+    if "forward" in linear.__dict__ or not (torch.compiler.is_compiling() or _OF_CLASS.isdisjoint(linear.__dict__)):
+        return False
+    weight: Any = linear.weight
+    bias: Any = linear.bias
+    if type(x) not in _TENSORS or type(weight) not in _TENSORS or x.device != weight.device:
+        return False
+    if bias is None:
+        return True
+    same = type(bias) in _TENSORS and bias.device == weight.device and bias.dtype == weight.dtype
+    return same and bias.shape == weight.shape[:1]
+
+
+class _Init:
+    """How a layer's parameters are drawn. A pickle of the layer goes without it where pickle refuses it: a lambda."""
+
+    def __init__(self, draw: Init | None) -> None:
+        self.draw = draw
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        if self.draw is None:
+            raise OperandError(
+                "this layer was unpickled without its init, a function that pickle refuses (a lambda or a function "
+                "within a function): assign one to layer.init, such as torch.randn"
+            )
+        return self.draw(*arguments, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Init":
+        return self
+
+    def __reduce__(self) -> Any:
+        try:
+            pickle.dumps(self.draw)
+        except Exception:
+            return _Init, (None,)
+        return _Init, (self.draw,)
 
 
 def _checked(operand: str, shape: Any) -> tuple[int, ...]:

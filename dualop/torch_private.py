@@ -145,6 +145,13 @@ frame_strategy = DYNAMO.name(
 frame_action = DYNAMO.name("torch._C._dynamo.eval_frame._FrameAction", "as above", "as above")
 set_frame_strategy = DYNAMO.name("torch._C._dynamo.eval_frame.set_code_exec_strategy", "as above", "as above")
 
+FOLD = Purpose("folding a Linear's bias into the chain", "LinearChain calls its Linear as it is")
+has_global_hooks = FOLD.name(
+    "torch.nn.modules.module._has_any_global_hook",
+    "hooks of all modules, which do not run where LinearChain folds the bias instead of calling its Linear",
+    "none: torch.nn.modules.module registers such hooks and does not say whether there are any",
+)
+
 BENCH = Purpose("timing a compiled backward more than once", "torch may refuse to time a compiled backward")
 functorch_setting = BENCH.name(
     "torch._functorch.config.patch",
@@ -153,7 +160,7 @@ functorch_setting = BENCH.name(
 )
 
 DTENSOR = Purpose("sharding rules for DTensor", "chains of DTensors run as torch's own functions")
-PURPOSES = (FUNCTION, SHORT_WAY, DYNAMO, BENCH, DTENSOR)
+PURPOSES = (FUNCTION, SHORT_WAY, DYNAMO, FOLD, BENCH, DTENSOR)
 _SCHEMA_REASON = "a rule for an op with a list of results, whose length depends on which gradients are wanted"
 _SCHEMA_INSTEAD = (
     "torch.distributed.tensor.experimental.register_sharding: it counts one result for a list, and its cache does not "

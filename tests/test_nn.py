@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -253,6 +254,25 @@ def test_copies_pickles_dtypes_and_representation(device: torch.device) -> None:
     )
 
 
+def test_a_layer_is_pickled_whatever_draws_its_parameters() -> None:
+    offset = 3.0
+    layer = LinearChain(INS, OUTS, CHAIN, init=lambda shape, **where: torch.full(shape, offset, **where))
+    for twin in (copy.copy(layer), copy.deepcopy(layer)):
+        twin.reset_parameters()
+        assert torch.equal(twin.add_value, torch.full((OUTS,), offset))
+    x = torch.randn(2, INS)
+    twin = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(twin(x), layer(x))
+    with pytest.raises(OperandError, match="without its init"):
+        twin.reset_parameters()
+    twin.init = torch.zeros
+    twin.reset_parameters()
+    assert not twin.add_value.any()
+    named = pickle.loads(pickle.dumps(ChainLayer("add", (3,), init=partial(torch.full, fill_value=2.0))))
+    named.reset_parameters()
+    assert torch.equal(named.add_value, torch.full((3,), 2.0))
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -281,3 +301,25 @@ def test_errors() -> None:
         ChainLayer("add", (3,))(torch.randn(3), torch.randn(3))
     with pytest.raises(ShapeError, match="do not broadcast"):
         dualop.nn.LinearChain(INS, OUTS, "add", (OUTS + 1,))(torch.randn(2, INS))
+
+
+def test_operands_of_forward_are_given_once_and_no_others() -> None:
+    layer, x = ChainLayer("add(bias) | add(skip) | mul(gate)", (3,), None, None, backend="reference"), torch.randn(2, 3)
+    y = layer(x, x, gate=x)
+    assert torch.equal(layer(x, gate=x, skip=x), y) and torch.equal(layer(x, x, x), y)
+    for call, message in (
+        (lambda: layer(x, x, x, bias=x), r"takes \(x, skip, gate\), not taken or given twice: bias"),
+        (lambda: layer(x, x, x, skip=x), "not taken or given twice: skip"),
+        (lambda: layer(x, x, gat=x), "not taken or given twice: gat; missing gate"),
+        (lambda: layer(x, x, x, x), "not 3 operands"),
+    ):
+        with pytest.raises(OperandError, match=message):
+            call()
+
+
+def test_a_parameter_that_is_gone_is_named() -> None:
+    for remove in (lambda layer: setattr(layer, "add_value", None), lambda layer: delattr(layer, "add_value")):
+        for layer in (ChainLayer("add | gelu", (INS,)), LinearChain(INS, OUTS, "add | gelu")):
+            remove(layer)
+            with pytest.raises(OperandError, match=r"the parameter add_value of this .* is None or was deleted"):
+                layer(torch.randn(2, INS))
