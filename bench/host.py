@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dualop
-from dualop import native
+from dualop import replay
 from dualop.bench.workloads import COMPILED, EAGER, evaluate_on
 from dualop.cli.options import DEFAULT_CHAIN
 
@@ -42,7 +42,7 @@ class Row:
 
 def run(names: Sequence[str], device: torch.device, compiled: bool) -> list[Row]:
     """Rows of torch and of these backends, in the order in which they were timed."""
-    native.load()  # a call of a process that has just started may be made without it
+    replay.load()  # a call of a process that has just started may be made without it
     op = dualop.chain(DEFAULT_CHAIN)
     x, bias = torch.randn(SHAPE, device=device), torch.randn(SHAPE[1], device=device)
     written_out = partial(evaluate_on, op)

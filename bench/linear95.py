@@ -21,15 +21,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dualop
-from dualop import gemm
+from dualop import linear
+from dualop.backends.registry import BACKENDS
 from dualop.bench import timing
 from dualop.bench.measure import Progress, Row, with_ratios, with_time
 from dualop.bench.workloads import COMPILED, EAGER, FORWARD
-from dualop.cases import DEFAULT_CHAIN, DTYPES
-from dualop.emit import emit
-from dualop.generated import imported
+from dualop.build.generated import imported
+from dualop.emit.file import emit
 from dualop.nn import LinearChain
-from dualop.registry import BACKENDS
+from dualop.numerics.cases import DEFAULT_CHAIN, DTYPES
 
 STEP = "training step"
 LINEAR = "linear alone"
@@ -69,12 +69,12 @@ class Fused(LinearChain):
         super().__init__(in_features, out_features, DEFAULT_CHAIN, backend=name, **where)
 
     def forward(self, x: Tensor) -> Tensor:
-        with gemm.switched(self.switch):
+        with linear.switched(self.switch):
             return super().forward(x)
 
     def one_kernel(self, x: Tensor) -> bool:
-        with gemm.switched(self.switch):
-            return not gemm.reasons(x, self.linear.weight, (self.linear.bias, self.add_value), self.backend)
+        with linear.switched(self.switch):
+            return not linear.reasons(x, self.linear.weight, (self.linear.bias, self.add_value), self.backend)
 
 
 @dataclass(frozen=True)

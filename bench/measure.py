@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dualop import check, torch_private, truth
+from dualop import torch_private
+from dualop.backends.registry import BACKENDS
 from dualop.bench import timing
 from dualop.bench.copying import copy_time, launch_time
 from dualop.bench.workloads import (
@@ -23,8 +24,8 @@ from dualop.bench.workloads import (
     calls,
     contestants,
 )
-from dualop.cases import Sample
-from dualop.registry import BACKENDS
+from dualop.numerics import check, truth
+from dualop.numerics.cases import Sample
 
 Progress = Callable[[str], None]
 # Up to here a call takes about as long as a launch, whatever it does: it is measured against an empty one, too.

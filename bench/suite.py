@@ -18,12 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 import dualop
-from dualop import check, pool
 from dualop.bench import measure
 from dualop.bench.workloads import BACKWARD, COPY, FORWARD, LAUNCH, Workload
-from dualop.cases import DEFAULT_CHAIN
+from dualop.build import pool
 from dualop.errors import BuildError
-from dualop.stages import STAGES
+from dualop.language.stages import STAGES
+from dualop.numerics import check
+from dualop.numerics.cases import DEFAULT_CHAIN
 
 GOAL = 1.1  # times the copy's time
 CHECKED = 1 << 21  # elements of x

@@ -11,9 +11,9 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from dualop.backends.registry import BACKENDS
 from dualop.bench.measure import Row
 from dualop.bench.workloads import COPY, LAUNCH
-from dualop.registry import BACKENDS
 
 
 def device_info(device: torch.device) -> dict[str, Any]:

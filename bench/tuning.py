@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualop import candidates, pool, tune, tuned
 from dualop.backends import cuda, triton
+from dualop.backends.registry import BACKENDS
 from dualop.bench import measure, timing
 from dualop.bench.workloads import Workload, calls
-from dualop.chains import Chain
+from dualop.build import pool
 from dualop.errors import BuildError
-from dualop.launch import Cut
-from dualop.layout import Layout
-from dualop.registry import BACKENDS
+from dualop.language.syntax import Chain
+from dualop.launch import candidates, tune, tuned
+from dualop.launch.grid import Cut
+from dualop.launch.layout import Layout
 
 BUDGET_S = 0.08  # of device time for a measurement: there are many, and those that matter are repeated
 MOST_PROCESSES = 16  # that compile Triton kernels: each has a CUDA context and one workload's tensors

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dualop.backends.reference import evaluate
-from dualop.cases import DTYPES, OPERAND_FORMS, Case, Sample, sample
-from dualop.chains import Chain
 from dualop.errors import ShapeError
-from dualop.layout import Layout, layout
+from dualop.language.syntax import Chain
+from dualop.launch.layout import Layout, layout
+from dualop.numerics.cases import DTYPES, OPERAND_FORMS, Case, Sample, sample
 
 EAGER, COMPILED, COPY, LAUNCH = "eager", "torch.compile", "copy", "empty launch"
 FORWARD, BACKWARD = "forward", "backward"

@@ -4,7 +4,7 @@
 //     Slope<Curved<stage::silu, second::silu>, With<stage::mul, Number<number(2.0)>>, Only<stage::relu>>
 //
 // Every stage that is not made of straight lines has its second derivative here: at(z). triton_kernels/second.py has the
-// same names in the same order with the same formulas, dualop/derivatives.py has them in torch.
+// same names in the same order with the same formulas, dualop/language/derivatives.py has them in torch.
 #pragma once
 #include "library.cuh"
 

@@ -1,7 +1,7 @@
 // Every stage: forward(z) -> y and backward(z, gy) -> gz; an operand stage has forward(z, b) and
 // backward(z, b, gy, gb) -> gz, which also sets gb. Where the value on the way in a backward can be had cheaper than by
 // forward, or out of what the derivative needs anyhow, inner(z) gives it. triton_kernels/stages.py has the same names in
-// the same order with the same formulas; dualop/stages.py says what they mean in torch. `bits` is how accurate a result
+// the same order with the same formulas; dualop/language/stages.py says what they mean in torch. `bits` is how accurate a result
 // has to be.
 //
 // Gradients at kinks are torch's. Masked gradients are selected, not multiplied by 0, so that an infinite gy stays out.
@@ -210,7 +210,7 @@ struct tanh {
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy * math::sech2<bits>(z); }
 };
 
-// tanh where nothing behind it can enlarge its error; chosen by dualop/ranges.py.
+// tanh where nothing behind it can enlarge its error; chosen by dualop/language/program.py.
 struct tanh_approx : tanh {
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
         if constexpr (bits == 8) return dualop::tanh_approx(z);
@@ -218,7 +218,7 @@ struct tanh_approx : tanh {
     }
 };
 
-// tanh(silu(z)) in one, since tanh's slope multiplies what silu was rounded by with 2 y; chosen by dualop/ranges.py.
+// tanh(silu(z)) in one, since tanh's slope multiplies what silu was rounded by with 2 y; chosen by dualop/language/program.py.
 struct silu_tanh {
     template <int bits, class T> DUALOP_FUN static T forward(T z) {
         if constexpr (bits == 24) return math::tanh_short(math::silu(z));
@@ -319,7 +319,7 @@ struct gelu {
     }
 };
 
-// gelu for |z| <= 1, for instance behind tanh; chosen by dualop/ranges.py.
+// gelu for |z| <= 1, for instance behind tanh; chosen by dualop/language/program.py.
 struct gelu_unit {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return z * math::normcdf_unit<bits>(z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
@@ -327,7 +327,7 @@ struct gelu_unit {
     }
 };
 
-// gelu for -0.5 <= z <= 1, for instance behind silu and tanh; chosen by dualop/ranges.py.
+// gelu for -0.5 <= z <= 1, for instance behind silu and tanh; chosen by dualop/language/program.py.
 struct gelu_upper : gelu_unit {
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         return gy * math::gelu_slope_upper<bits>(z);

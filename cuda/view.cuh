@@ -2,7 +2,7 @@
 //
 // At row r and column c an input's element is
 //     data[(r / div % mod) * row_stride + r / (div * mod) * outer_stride + c]
-// and its kind says which terms there are (dualop/layout.py makes the views). What varies along neither is loaded once,
+// and its kind says which terms there are (dualop/launch/layout.py makes the views). What varies along neither is loaded once,
 // what varies along the columns only is shared by the thread's rows.
 #pragma once
 #include "chain.cuh"

@@ -25,39 +25,41 @@ if os.path.isfile(os.path.join(_checkout, "pyproject.toml")) and os.path.isdir(o
 if os.environ.get("DUALOP_INTERPRET", "0") not in ("", "0"):
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Where each public name lies: (module, attribute), or the module itself.
 _HOME = {
-    "chain": "dualop.chains",
-    "Chain": "dualop.chains",
-    "reference": "dualop.backends.reference",
-    "explain": "dualop.registry",
-    "set_backend": "dualop.registry",
-    "use_backend": "dualop.registry",
+    "chain": ("dualop.op.callable", "chain"),
+    "Chain": ("dualop.op.callable", "Chain"),
+    "reference": ("dualop.backends.reference", "reference"),
+    "explain": ("dualop.backends.registry", "explain"),
+    "set_backend": ("dualop.backends.registry", "set_backend"),
+    "use_backend": ("dualop.backends.registry", "use_backend"),
+    "errors": ("dualop.errors", ""),
+    "export": ("dualop.export", ""),
+    "nn": ("dualop.nn", ""),
+    "stages": ("dualop.language.stages", ""),
 }
-_MODULES = ("autograd", "backends", "check", "emit", "errors", "export", "nn", "registry", "stages")
 
-__all__ = [*_HOME, "errors", "export", "nn", "stages"]
+__all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from dualop import errors as errors
     from dualop import export as export
     from dualop import nn as nn
-    from dualop import stages as stages
     from dualop.backends.reference import reference as reference
-    from dualop.chains import Chain as Chain
-    from dualop.chains import chain as chain
-    from dualop.registry import explain as explain
-    from dualop.registry import set_backend as set_backend
-    from dualop.registry import use_backend as use_backend
+    from dualop.backends.registry import explain as explain
+    from dualop.backends.registry import set_backend as set_backend
+    from dualop.backends.registry import use_backend as use_backend
+    from dualop.language import stages as stages
+    from dualop.op.callable import Chain as Chain
+    from dualop.op.callable import chain as chain
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"dualop.{name}")
-    else:
+    if name not in _HOME:
         raise AttributeError(f"module 'dualop' has no attribute {name!r}")
-    globals()[name] = value
+    module, attribute = _HOME[name]
+    value = importlib.import_module(module)
+    globals()[name] = value = getattr(value, attribute) if attribute else value
     return value
 
 
@@ -71,15 +73,15 @@ class _Registration:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name in ("torch._export.serde", "torch._inductor"):
             _watch_no_more()
-            importlib.import_module("dualop.autograd")
+            importlib.import_module("dualop.op.library")
 
 
 def _watch_no_more() -> None:
-    """Take the finder away: dualop.autograd is being imported, and may import from another thread meanwhile."""
+    """Take the finder away: dualop.op.library is being imported, and may import from another thread meanwhile."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Registration)]
 
 
 if "torch" in sys.modules:
-    importlib.import_module("dualop.autograd")
+    importlib.import_module("dualop.op.library")
 else:
     sys.meta_path.insert(0, _Registration())  # type: ignore[arg-type]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dualop.autograd  # noqa: F401  (registers the ops)
+import dualop.op.library  # noqa: F401  (registers the ops)
 from dualop.backends.reference import reference, reference_gradients
-from dualop.chains import parse
+from dualop.language.syntax import parse
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

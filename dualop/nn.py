@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.modules import linear as linear_module
 from torch.nn.modules import module as module_module
 
-from dualop import gemm, registry, torch_private
-from dualop.chains import MAX_OPERANDS, MAX_STAGES, Chain
-from dualop.chains import chain as make_chain
+from dualop import torch_private
+from dualop.backends import registry
 from dualop.errors import OperandError
-from dualop.stages import ALIASES, STAGES
+from dualop.language.stages import ALIASES, STAGES
+from dualop.language.syntax import MAX_OPERANDS, MAX_STAGES
+from dualop.op.callable import Chain
+from dualop.op.callable import chain as make_chain
 
 Shape = tuple[int, ...] | None
 Init = Callable[..., Tensor]
@@ -136,7 +138,7 @@ class LinearChain(ChainLayer):
     The bias is added inside the chain's kernel: the product runs without it. Where the chain starts with an `add` of a
     parameter of shape (out_features,), bias and that parameter have one gradient, which is summed once for both. The
     product keeps its bias where the chain speaks of its own input `x`, which is the Linear's output, bias and all.
-    Otherwise product and chain are one Triton kernel where that is faster, with few in_features: see dualop/gemm.py.
+    Otherwise product and chain are one Triton kernel where that is faster, with few in_features: see dualop/linear.py.
 
     All of that holds for an nn.Linear that nothing was done to. Whatever else is found in its place is called as any
     module is, and the chain runs on its result: a Linear with hooks (pruning, weight_norm, spectral_norm, offloading),
@@ -179,9 +181,9 @@ class LinearChain(ChainLayer):
         if not is_untouched(linear, x) or (self.folded is None and linear.bias is not None):
             return self.chain(linear(x), *values, backend=self.backend)
         weight, bias = linear.weight, linear.bias
-        if not gemm.reasons(x, weight, (*values, *([] if bias is None else [bias])), self.backend):
+        if not linear.reasons(x, weight, (*values, *([] if bias is None else [bias])), self.backend):
             chain, values = self._tail(bias, values)
-            return gemm.run(chain, x, weight, values, self.backend)
+            return linear.run(chain, x, weight, values, self.backend)
         z = F.linear(x, weight)
         # As autocast does for a Linear, the bias takes the dtype of the product.
         chain, values = self._tail(None if bias is None else bias.to(z.dtype), values)

@@ -1,8 +1,8 @@
 """Every private name of torch that dualop uses: the reason, and the public way that was tried instead.
 
 No other module imports a private name. Names that serve one purpose form a `Purpose`, which works as a whole or not at
-all: where this torch lacks one of its names, or where `dualop.autograd` finds that one behaves differently, the purpose
-is given up, a warning says so once, and its public fallback serves. Results stay right, calls become slower.
+all: where this torch lacks one of its names, or where a trial finds that one behaves differently, the purpose is
+given up, a warning says so once, and its public fallback serves. Results stay right, calls become slower.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+from torch import DispatchKey, DispatchKeySet
 
 
 @dataclass(frozen=True)
@@ -217,3 +218,18 @@ def sharding_names() -> tuple[Any, Any, Any] | None:
     if propagator is None:
         DTENSOR.give_up("torch.distributed.tensor.DTensor._op_dispatcher.sharding_propagator is missing")
     return (propagator, info, expand) if DTENSOR.works else None
+
+
+def _keys(*names: str) -> int:
+    keys = DispatchKeySet(getattr(DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | DispatchKeySet(getattr(DispatchKey, name))
+    return keys.raw_repr()
+
+
+# The keys of a strided tensor in memory, and those of one made in inference mode.
+PLAIN_KEYS = frozenset(
+    _keys(device, f"Autocast{device}", *more)
+    for device in ("CPU", "CUDA")
+    for more in ((), ("ADInplaceOrView", f"Autograd{device}"))
+)

@@ -28,8 +28,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from dualop.backends import triton as backend
-from dualop.native import triton as native_triton
-from dualop.slopes import Slope, parse
+from dualop.language.slopes import Slope, parse
+from dualop.replay import triton as native_triton
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
 H200_MULTIPROCESSORS = 132
@@ -97,7 +97,7 @@ def resources(ptx: str, architecture: int) -> dict[str, int]:
 
 
 def parameters(built: Any, arguments: dict[str, Any]) -> tuple[int, int]:
-    """How many parameters the kernel has, and how many dualop/native would give it."""
+    """How many parameters the kernel has, and how many dualop/replay would give it."""
     entry = re.search(r"\.entry.*?\)", built.asm["ptx"], re.DOTALL)
     words = native_triton._words(built, (1,), (), arguments)
     assert entry and words

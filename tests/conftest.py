@@ -55,20 +55,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _native() -> None:
     """The C++ of the short way is there from the beginning, not from whenever a thread has compiled it."""
-    from dualop import native
+    from dualop import replay
 
-    native.load()
+    replay.load()
 
 
 @pytest.fixture
 def python_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For tests that put something in the place of a backend's method: every call comes by there."""
-    from dualop import native
+    from dualop import replay
 
-    monkeypatch.setattr(native, "on", False)
-    native.known.clear()
+    monkeypatch.setattr(replay, "on", False)
+    replay.known.clear()
     yield
-    native.known.clear()
+    replay.known.clear()
 
 
 def _seed(node: pytest.Item) -> int:

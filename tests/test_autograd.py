@@ -25,11 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dualop
-import dualop.autograd  # registers the ops
-from dualop import registry
+import dualop.op.library  # registers the ops
+from dualop.backends import registry
 from dualop.backends.reference import evaluate, reference_gradients
-from dualop.registry import BACKENDS
-from dualop.stages import STAGES
+from dualop.backends.registry import BACKENDS
+from dualop.language.stages import STAGES
 
 if not registry.interpreting():
     pytest.skip("on CPU tensors, with DUALOP_INTERPRET=1", allow_module_level=True)

@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualop import build
-from dualop.build import Build
+from dualop.build import Build, build
 from dualop.errors import BackendUnavailable, BuildError, DualopError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +44,8 @@ def host(number: int) -> Build:
 
 def python(script: str, *arguments: object, **options) -> subprocess.Popen:
     """A new process that has `build` of ANSWER number argv[1] as `b`."""
-    start = f"import sys\nfrom dualop.build import Build\nb = Build('answer', {ANSWER!r} % int(sys.argv[1]), True)\n"
+    start = "import sys\nfrom dualop.build.build import Build\n"
+    start += f"b = Build('answer', {ANSWER!r} % int(sys.argv[1]), True)\n"
     command = [sys.executable, "-c", start + script, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dualop
-from dualop import registry
+from dualop.backends import registry
 from dualop.errors import (
     BackendUnavailable,
     ChainError,
@@ -22,7 +22,7 @@ from dualop.errors import (
     ShapeError,
 )
 
-assert dualop.autograd  # registers the ops
+assert dualop.op.library  # registers the ops
 
 if not registry.interpreting():
     pytest.skip("on CPU tensors, with DUALOP_INTERPRET=1", allow_module_level=True)

@@ -14,11 +14,12 @@ from conftest import HAS_GPU, INTERPRETED
 from torch._subclasses import FakeTensorMode
 
 import dualop
-from dualop import capabilities, registry
+from dualop import capabilities
+from dualop.backends import registry
 from dualop.backends.reference import evaluate
 from dualop.capabilities import CAPABILITIES, NOT_ALLOWED, Capability, table, tensors
 from dualop.capabilities.case import Case, Skip, gpus, refused
-from dualop.stages import STAGES
+from dualop.language.stages import STAGES
 
 ON_GPU = HAS_GPU and not INTERPRETED
 SLOW_ON = "triton"  # what takes seconds runs on one backend without a GPU; this one has nothing to build

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import dualop
-from dualop import stages
-from dualop.chains import MAX_OPERANDS, MAX_STAGES
 from dualop.errors import ChainError, DualopError, OperandError
-from dualop.stages import ALIASES, STAGES, Call, call
+from dualop.language import stages
+from dualop.language.stages import ALIASES, STAGES, Call, call
+from dualop.language.syntax import MAX_OPERANDS, MAX_STAGES
 
 hypothesis = pytest.importorskip("hypothesis")
 example, given, st = hypothesis.example, hypothesis.given, hypothesis.strategies

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import dualop
-from dualop import cases, check
 from dualop.backends.reference import Reference
-from dualop.registry import BACKENDS
-from dualop.stages import STAGES
-from dualop.truth import CANCELLING, truth
+from dualop.backends.registry import BACKENDS
+from dualop.language.stages import STAGES
+from dualop.numerics import cases, check
+from dualop.numerics.truth import CANCELLING, truth
 
 DTYPES = list(cases.DTYPES.values())
 SPECIAL_CASE, PLAIN_CASE = cases.STAGE_CASES

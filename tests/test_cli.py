@@ -13,12 +13,13 @@ import torch
 from conftest import HAS_GPU, ROOT
 from typer.testing import CliRunner
 
-from dualop import cases, cli
+from dualop import cli
 from dualop.backends.reference import Reference
+from dualop.backends.registry import BACKENDS
 from dualop.cli.app import Commands, Lazy
-from dualop.registry import BACKENDS
-from dualop.stages import STAGES
-from dualop.truth import CANCELLING
+from dualop.language.stages import STAGES
+from dualop.numerics import cases
+from dualop.numerics.truth import CANCELLING
 
 HELP = """
 import sys

@@ -21,13 +21,13 @@ import torch
 from test_stages import cuda_stages
 
 import dualop
-from dualop import build, cache
 from dualop.backends.cuda import _signature as signature_of
 from dualop.backends.cuda import source
-from dualop.layout import layout
-from dualop.ranges import steps
-from dualop.slopes import parse
-from dualop.stages import STAGES
+from dualop.build import build, cache
+from dualop.language.program import steps
+from dualop.language.slopes import parse
+from dualop.language.stages import STAGES
+from dualop.launch.layout import layout
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)

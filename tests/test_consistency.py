@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import dualop
-from dualop.chains import Chain
-from dualop.check import poisoned
-from dualop.layout import layout
+from dualop.language.syntax import Chain
+from dualop.launch.layout import layout
+from dualop.numerics.check import poisoned
 
 BACKENDS = ("reference", "cuda", "triton")
 DEFAULT = "add | swish | tanh | gelu | hardtanh(-1, 1)"

@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualop
-from dualop import autograd, layout
-from dualop.direct import unwatched
 from dualop.errors import DeviceError, DtypeError, LayoutError, ShapeError
+from dualop.launch import layout
+from dualop.op import library
+from dualop.op.eager import unwatched
 
 OP = dualop.chain("add | tanh")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,8 +42,8 @@ def no_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     def dispatched(*arguments: Any) -> None:
         raise AssertionError("went through the dispatcher")
 
-    monkeypatch.setattr(autograd, "_forward_op", dispatched)
-    monkeypatch.setattr(autograd, "_backward_op", dispatched)
+    monkeypatch.setattr(library, "_forward_op", dispatched)
+    monkeypatch.setattr(library, "_backward_op", dispatched)
 
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])

@@ -19,9 +19,12 @@ import torch
 from conftest import HAS_GPU, INTERPRETED, ROOT
 
 import dualop
-from dualop import capabilities, distributed, locks, registry
+from dualop import capabilities
+from dualop.backends import registry
+from dualop.build import locks
 from dualop.capabilities import processes
 from dualop.capabilities.case import Case
+from dualop.op import dtensor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -75,10 +78,10 @@ def test_what_failed_in_a_process_is_reported(monkeypatch: pytest.MonkeyPatch) -
 def test_rules_are_registered_when_a_process_has_dtensors(how: str) -> None:
     """Importing dualop imports no torch.distributed.tensor; once somebody has, the next call registers the rules."""
     code = """
-import sys, torch, dualop, dualop.autograd
-from dualop import distributed
+import sys, torch, dualop, dualop.op.library
+from dualop.op import dtensor
 op, x = dualop.chain("add | tanh"), torch.ones(4, 6)
-assert "torch.distributed.tensor" not in sys.modules and not distributed.known
+assert "torch.distributed.tensor" not in sys.modules and not dtensor.known
 import torch.distributed.tensor as dt
 from torch.testing._internal.distributed.fake_pg import FakeStore
 torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
@@ -87,7 +90,7 @@ if sys.argv[1] == "compile":
     op = torch.compile(op, backend="aot_eager", fullgraph=True)
 with torch.inference_mode(sys.argv[1] == "inference_mode"), torch.no_grad():
     y = op(dt.distribute_tensor(x, mesh, [dt.Shard(0)]), dt.distribute_tensor(x[0], mesh, [dt.Replicate()]))
-assert distributed.known and y.placements == (dt.Shard(0),), y
+assert dtensor.known and y.placements == (dt.Shard(0),), y
 """
     done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -110,7 +113,7 @@ def test_shardings_of_shapes(shapes: tuple[tuple[int, ...], ...], expected: list
     from torch.distributed.tensor import Shard
 
     text = lambda p: f"S{p.dim}" if isinstance(p, Shard) else "R"
-    found = [f"{text(result)}: {' '.join(map(text, inputs))}" for result, inputs in distributed.sharded(shapes)]
+    found = [f"{text(result)}: {' '.join(map(text, inputs))}" for result, inputs in dtensor.sharded(shapes)]
     assert found == expected
 
 

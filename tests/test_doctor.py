@@ -16,8 +16,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dualop import build, doctor, probe, tuned
-from dualop.launch import Cut
+from dualop.build import build
+from dualop.launch import tuned
+from dualop.launch.grid import Cut
+from dualop.machine import doctor, probe
 
 NVIDIA_SMI = probe.nvidia_smi
 
@@ -88,7 +90,7 @@ def test_this_machine():
 
 def test_a_backend_that_does_not_run_says_why():
     environment = {k: v for k, v in os.environ.items() if k != "DUALOP_INTERPRET"}
-    script = "import json; from dualop import doctor; print(json.dumps(doctor.as_json(doctor.examine())))"
+    script = "import json; from dualop.machine import doctor; print(json.dumps(doctor.as_json(doctor.examine())))"
     answer = subprocess.run(
         [sys.executable, "-c", script],
         env={**environment, "PYTHONPATH": str(ROOT)},
@@ -195,7 +197,7 @@ def test_a_torch_that_hangs(tmp_path, monkeypatch):
 
 def test_no_torch_no_triton_no_rich(tmp_path):
     """A Python that has nothing but the standard library: the doctor is there just for it."""
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dualop import doctor\n"
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dualop.machine import doctor\n"
     script += "import json; print(json.dumps(doctor.as_json(doctor.examine())))"
     environment = {**os.environ, "DUALOP_CACHE_DIR": str(tmp_path)}
     answer = subprocess.run(

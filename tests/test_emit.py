@@ -27,12 +27,12 @@ from torch.utils import cpp_extension
 
 import dualop
 from dualop.backends import cuda, triton
+from dualop.backends.registry import BACKENDS as BACKENDS_OF_LIBRARY
 from dualop.build import Build
-from dualop.emit import emit
-from dualop.layout import ROW, WRAP, layout
+from dualop.build.sources import cuda_header
+from dualop.emit.file import emit
+from dualop.launch.layout import ROW, WRAP, layout
 from dualop.nn import with_bias
-from dualop.registry import BACKENDS as BACKENDS_OF_LIBRARY
-from dualop.sources import cuda_header
 from dualop.triton_kernels import tile
 
 LOAD_INLINE = cpp_extension.load_inline

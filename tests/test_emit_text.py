@@ -14,10 +14,10 @@ import pytest
 from test_emit import on_host
 
 import dualop
-from dualop import build
-from dualop.emit import emit, parse_operands
+from dualop.build import build
+from dualop.emit.file import emit, parse_operands
 from dualop.errors import BackendUnavailable, ChainError, OperandError, ShapeError
-from dualop.stages import STAGES
+from dualop.language.stages import STAGES
 
 BACKENDS = ("cuda", "triton")
 

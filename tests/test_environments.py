@@ -18,9 +18,9 @@ import torch
 from conftest import ROOT
 
 import dualop
-from dualop import build, cache, doctor, generated
-from dualop.build import Build
+from dualop.build import Build, build, cache, generated
 from dualop.errors import BackendUnavailable, BuildError
+from dualop.machine import doctor
 
 ANSWER = 'extern "C" __attribute__((visibility("default"))) int answer() { return %d; }\n'
 NOBODY = 54321  # without an entry in passwd
@@ -88,7 +88,7 @@ for backend in {backends}:
     y = dualop.chain("add | tanh")(x, torch.ones(4), backend=backend)
     torch.testing.assert_close(y, (x + 1).tanh())
     y.sum().backward()
-from dualop import build
+from dualop.build import build
 print(build.cache.folder())
 """
 
@@ -116,7 +116,8 @@ def test_a_user_without_a_home_of_its_own(home: str, public: Path) -> None:
     assert done.stdout.split() == [str(private)] and stat.S_IMODE(private.stat().st_mode) == 0o700
     assert private.stat().st_uid == NOBODY and list(private.glob("host_*/*.so")) and list(private.glob("triton_*.py"))
     assert done.stderr.count("RuntimeWarning") == 1 and done.stderr.count("DUALOP_CACHE_DIR") == 1
-    again = python("from dualop import doctor; print(doctor.examine()['cache folder'])", public, NOBODY, **variables)
+    code = "from dualop.machine import doctor; print(doctor.examine()['cache folder'])"
+    again = python(code, public, NOBODY, **variables)
     assert "DUALOP_CACHE_DIR" in again.stdout and str(private) in again.stdout and not again.stderr
 
 
@@ -133,7 +134,7 @@ pwd.getpwuid = unknown
     private = tmp_path / f"dualop-{os.geteuid()}"
     assert done.stdout.split() == [str(private)] and stat.S_IMODE(private.stat().st_mode) == 0o700
     assert done.stderr.count("RuntimeWarning") == 1 and done.stderr.count("DUALOP_CACHE_DIR") == 1
-    again = python(code + "from dualop import doctor; print(doctor.examine()['cache folder'])", tmp_path)
+    again = python(code + "from dualop.machine import doctor; print(doctor.examine()['cache folder'])", tmp_path)
     assert "DUALOP_CACHE_DIR" in again.stdout and str(private) in again.stdout and not again.stderr
 
 
@@ -196,7 +197,7 @@ for backend in ("cuda", "triton"):
         dualop.chain("tanh")(torch.ones(3), backend=backend)
     except BackendUnavailable as error:
         print("DUALOP_CACHE_DIR" in str(error))
-from dualop import doctor
+from dualop.machine import doctor
 print("DUALOP_CACHE_DIR" in doctor.examine()["cache folder"].advice)
 """
     done = python(code, public, NOBODY, DUALOP_CACHE_DIR=str(public / "closed" / "cache"))
@@ -252,7 +253,7 @@ def test_the_locale_c(place: str, folder: Path) -> None:
     cache_folder = folder / place
     code = USE.format(backends=("cuda", "triton")) + (
         "assert build.Build('answer', '// ⟨é⟩\\nextern \"C\" int answer() { return 5; }', True).load().answer() == 5\n"
-        "from dualop import doctor, generated\n"
+        "from dualop.build import generated\nfrom dualop.machine import doctor\n"
         "assert generated.imported('value = \"é\"').value == 'é'\n"
         "assert 'writable' in doctor.examine()['cache folder'].found\n"
     )
@@ -305,13 +306,13 @@ def compilers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 @pytest.mark.parametrize("extension", [False, True], ids=["kernels", "native"])
 def test_cxx(text: str, expected: str, extension: bool, compilers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualop import native
+    from dualop import replay
 
     monkeypatch.setenv("CXX", text.replace("@", str(compilers)))
     if extension:  # the real one takes half a minute
-        monkeypatch.setattr(native, "LIBRARIES", ())
+        monkeypatch.setattr(replay, "LIBRARIES", ())
     source = "#ifndef ANSWER\n#define ANSWER 44\n#endif\n" + ANSWER.replace("%d", "ANSWER")
-    made = (native.Extension if extension else Build)("answer", source, host=True)
+    made = (replay.Extension if extension else Build)("answer", source, host=True)
     assert made.load().answer() == 44
     assert os.environ["CXX"] == text.replace("@", str(compilers))
     calls = (compilers / "calls").read_text() if (compilers / "calls").exists() else ""

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import dualop
-from dualop.cases import DEFAULT_CHAIN
-from dualop.exact import exact
-from dualop.stages import STAGES
+from dualop.language.stages import STAGES
+from dualop.numerics.cases import DEFAULT_CHAIN
+from dualop.numerics.exact import exact
 
 mpmath = pytest.importorskip("mpmath")  # torch brings it along
 mp = mpmath.mp

@@ -19,7 +19,8 @@ START = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import torch, dualop
-from dualop import build, locks, native
+from dualop import replay
+from dualop.build import build, locks
 from dualop.build import Build
 
 folder = Path(sys.argv[1])
@@ -147,9 +148,9 @@ def test_the_short_way_is_built_in_the_child(tmp_path: Path) -> None:
 x = torch.randn(3, 4)
 dualop.chain("tanh")(x, backend="triton")
 compiling()
-assert native._building
+assert replay._building
 def child():
-    assert not native._building and not native._begun
+    assert not replay._building and not replay._begun
     for _ in range(3):
         torch.testing.assert_close(dualop.chain("tanh")(x, backend="triton"), x.tanh())
     assert any(thread.name == "dualop native build" for thread in threading.enumerate())
@@ -232,7 +233,7 @@ if not child:
     sys.exit(0)  # runs what its parent registered for its own end
 ended(child)
 time.sleep(0.5)
-assert native._building
+assert replay._building
 print((folder / "pid").read_text(), flush=True)
 """
     process = start(script, tmp_path, 50, DUALOP_NATIVE="1")

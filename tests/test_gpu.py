@@ -36,7 +36,7 @@ LARGER = [
 @pytest.fixture(scope="session", autouse=True)
 def _built() -> None:
     """All CUDA libraries at once, in as many processes as there are cores."""
-    if not torch.cuda.is_available() or dualop.registry.interpreting():
+    if not torch.cuda.is_available() or dualop.backends.registry.interpreting():
         return
     calls = []
     for case in (*CASES, *LARGER):

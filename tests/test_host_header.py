@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from dualop import build
-from dualop.build import Build
-from dualop.sources import cuda_header
+from dualop.build import Build, build
+from dualop.build.sources import cuda_header
 
 KERNELS = r"""
 namespace dualop {

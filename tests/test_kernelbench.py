@@ -17,8 +17,8 @@ from conftest import HAS_GPU, INTERPRETED
 from torch import Tensor
 
 import dualop
-from dualop.check import poisoned, spacing
-from dualop.stages import STAGES
+from dualop.language.stages import STAGES
+from dualop.numerics.check import poisoned, spacing
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU and not INTERPRETED else []
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

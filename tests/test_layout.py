@@ -14,8 +14,8 @@ from torch import Tensor
 
 import dualop
 from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
-from dualop.launch import MOST_PROGRAMS, TILES, Cut, Grid, Tall, backward_grid, forward_grid, power_of_two
-from dualop.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
+from dualop.launch.grid import MOST_PROGRAMS, TILES, Cut, Grid, Tall, backward_grid, forward_grid, power_of_two
+from dualop.launch.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
 
 hypothesis = pytest.importorskip("hypothesis")
 example, given, settings, st = hypothesis.example, hypothesis.given, hypothesis.settings, hypothesis.strategies

@@ -20,25 +20,26 @@ from test_direct import SPECIAL, WATCHERS, Dispatch, Functions, _profile
 from torch import Tensor
 
 import dualop
-from dualop import native, tuned
+from dualop import replay
+from dualop.backends.registry import BACKENDS
 from dualop.build import Build
 from dualop.errors import DtypeError, LayoutError, ShapeError
-from dualop.layout import layout
-from dualop.native import triton as native_triton
-from dualop.registry import BACKENDS
+from dualop.launch import tuned
+from dualop.launch.layout import layout
+from dualop.replay import triton as native_triton
 
 ROOT = Path(__file__).resolve().parents[1]
 OP = dualop.chain("add | tanh")
-if not native.load():
-    pytest.skip(f"no extension: {native.why_not}", allow_module_level=True)
+if not replay.load():
+    pytest.skip(f"no extension: {replay.why_not}", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(autouse=True)
 def _nothing_known() -> Iterator[None]:
-    native.known.clear()
+    replay.known.clear()
     yield
-    native.known.clear()
+    replay.known.clear()
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_a_record_serves_its_own_layout_only(device: torch.device, by_python: li
 def known(x: Tensor, a: Tensor) -> Any:
     """The Calls of OP on the CUDA backend, which have seen a call with these tensors."""
     OP(x, a, backend="cuda")
-    return native.known[OP.text, "cuda"]
+    return replay.known[OP.text, "cuda"]
 
 
 @pytest.fixture
@@ -209,7 +210,7 @@ def test_what_saved_tensor_hooks_give_is_looked_at(device: torch.device) -> None
 def test_a_launch_that_fails_goes_python_s_way(pair: tuple[Tensor, Tensor], by_python: list[str]) -> None:
     library = Build("fails", 'extern "C" int fails(const void*) { return 1; }\n', host=True).load()
     calls, (x, a) = known(*pair), pair
-    launch = (native.record.address(library.fails), [0] * 3, [1, 2, 0], [0, 1, 2], 0, None)
+    launch = (replay.record.address(library.fails), [0] * 3, [1, 2, 0], [0, 1, 2], 0, None)
     calls.learn(None, (x, a), (torch.empty_like(x),), (launch,), (0,))
     assert calls(x, (a,)) is False
     torch.testing.assert_close(OP(x, a, backend="cuda"), torch.tanh(x + a))
@@ -250,7 +251,7 @@ def test_threads(device: torch.device) -> None:
     for thread in threads:
         thread.start()
     for _ in range(50):
-        native.forget()
+        replay.forget()
     for thread in threads:
         thread.join()
     assert not wrong
@@ -273,10 +274,10 @@ def said(process: subprocess.Popen) -> str:
 
 def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
     script = (
-        "import time; from dualop import native; now = time.perf_counter\n"
-        "start = now(); first = native.calls('relu', 'cuda', 'cuda'); took = now() - start\n"
-        "while native.calls('relu', 'cuda', 'cuda') is None and now() < start + 100: time.sleep(0.05)\n"
-        "print(first, took < 1, len(native.calls('relu', 'auto', 'cuda')))\n"
+        "import time; from dualop import replay; now = time.perf_counter\n"
+        "start = now(); first = replay.calls('relu', 'cuda', 'cuda'); took = now() - start\n"
+        "while replay.calls('relu', 'cuda', 'cuda') is None and now() < start + 100: time.sleep(0.05)\n"
+        "print(first, took < 1, len(replay.calls('relu', 'auto', 'cuda')))\n"
     )
     processes = [python(script, DUALOP_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [said(process) for process in processes] == ["None True 0"] * 2
@@ -295,10 +296,10 @@ def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
 )
 def test_without_the_extension_python_serves(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
     script = (
-        "import torch, dualop; from dualop import native\n"
-        "assert not native.load() and native.calls('relu', 'cuda', 'cuda') is None\n"
-        "x = torch.ones(3); assert dualop.chain('relu')(x, backend='reference').equal(x) and not native.known\n"
-        "print(native.why_not)\n"
+        "import torch, dualop; from dualop import replay\n"
+        "assert not replay.load() and replay.calls('relu', 'cuda', 'cuda') is None\n"
+        "x = torch.ones(3); assert dualop.chain('relu')(x, backend='reference').equal(x) and not replay.known\n"
+        "print(replay.why_not)\n"
     )
     assert said(python(script, DUALOP_CACHE_DIR=str(tmp_path), **variables)).startswith(expected)
 
@@ -345,9 +346,9 @@ def test_the_driver_is_called_as_triton_calls_it(tmp_path: Path) -> None:
     library.load()
     (tmp_path / "libcuda.so.1").symlink_to(library.library)
     script = (
-        "import ctypes; from dualop import native\n"
-        "assert native.load(), native.why_not\n"
-        "launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(native.triton_launcher())\n"
+        "import ctypes; from dualop import replay\n"
+        "assert replay.load(), replay.why_not\n"
+        "launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(replay.triton_launcher())\n"
         "words = [0x50, 0x4711, 5, 6, 7, 128, 96, 0, 2, 2**40 + 1, 8]\n"
         "for early in (0, 1):\n"
         "    words[7] = early; print(launch((ctypes.c_int64 * len(words))(*words)), flush=True)\n"

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dualop
+from dualop.backends.registry import BACKENDS
 from dualop.errors import BackendUnavailable, ChainError, OperandError, ShapeError
 from dualop.nn import ChainLayer, LinearChain
-from dualop.registry import BACKENDS
 
 CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
 INS, OUTS = 16, 24

@@ -21,11 +21,11 @@ from conftest import HAS_GPU, INTERPRETED
 from torch import Tensor
 
 import dualop
-from dualop import registry
-from dualop.chains import Chain
+from dualop.backends import registry
 from dualop.errors import ChainError, DualopError
-from dualop.layout import layout
-from dualop.stages import STAGES
+from dualop.language.stages import STAGES
+from dualop.language.syntax import Chain
+from dualop.launch.layout import layout
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), *([pytest.mark.gpu] if HAS_GPU and not INTERPRETED else [])]
 

@@ -98,7 +98,7 @@ def test_what_the_wheel_holds(wheel):
     for pattern in ("*.py", "*.h", "*.cpp"):
         expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "dualop").rglob(pattern)}
     assert {"dualop/cuda/stages.cuh", "dualop/triton_kernels/stages.py", "dualop/bench/timing.py"} < expected
-    assert {"dualop/native/module.cpp", "dualop/native/call.h"} < expected
+    assert {"dualop/replay/module.cpp", "dualop/replay/call.h"} < expected
     assert expected <= names
     assert not [name for name in names if name.startswith("dualop/cuda/") and not name.endswith(".cuh")]
     assert {name.split("/")[0] for name in names} == {"dualop", f"dualop-{dualop.__version__}.dist-info"}
@@ -120,7 +120,7 @@ def test_what_the_source_distribution_holds(built):
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "cuda").glob("*.cuh")} <= names
-    assert {"LICENSE", "README.md", "bench/timing.py", "triton_kernels/stages.py", "dualop/native/call.h"} <= names
+    assert {"LICENSE", "README.md", "bench/timing.py", "triton_kernels/stages.py", "dualop/replay/call.h"} <= names
 
 
 def test_the_installed_command(venv, tmp_path):
@@ -142,7 +142,7 @@ def test_both_kernels_run_from_the_wheel(venv, tmp_path):
 
 
 def test_the_extension_is_built_from_the_wheel(venv, tmp_path):
-    script = "from dualop import native; assert native.load(), native.why_not; print(native.extension().library)"
+    script = "from dualop import replay; assert replay.load(), replay.why_not; print(replay.extension().library)"
     said = run(venv / "bin" / "python", "-c", script, cwd=tmp_path, DUALOP_CACHE_DIR=str(tmp_path / "cache"))
     assert said.startswith(str(tmp_path / "cache" / "native_"))
 

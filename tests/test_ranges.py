@@ -11,9 +11,9 @@ from torch import Tensor
 
 import dualop
 from dualop.backends.reference import evaluate
-from dualop.ranges import EVERYTHING, Interval, Step, output, steps
-from dualop.slopes import parse
-from dualop.stages import STAGES
+from dualop.language.program import EVERYTHING, Interval, Step, output, steps
+from dualop.language.slopes import parse
+from dualop.language.stages import STAGES
 
 CALLS = [call for stage in STAGES.values() if not stage.operand for call in dualop.chain(stage.example).calls]
 CALLS += dualop.chain('gelu(approximate="tanh") | clamp(max=0.25) | hardtanh(-0.1, 0.3) | softplus(2, 5)').calls

@@ -105,7 +105,7 @@ for _ in range(2):
         PURGE,
         "for name in mine(): importlib.reload(sys.modules[name])",
         "importlib.reload(dualop)",
-        "importlib.reload(dualop.autograd); importlib.reload(dualop.autograd)",
+        "importlib.reload(dualop.op.library); importlib.reload(dualop.op.library)",
     ],
     ids=["purged", "all reloaded", "the package reloaded", "autograd reloaded"],
 )
@@ -134,9 +134,9 @@ for name in mine():
 
 
 def test_another_version_of_the_ops_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualop import ops
     from dualop.errors import DualopError
+    from dualop.op import definition
 
-    monkeypatch.setattr(ops, "SCHEMAS", {**ops.SCHEMAS, "forward": "(Tensor x) -> Tensor"})
+    monkeypatch.setattr(definition, "SCHEMAS", {**definition.SCHEMAS, "forward": "(Tensor x) -> Tensor"})
     with pytest.raises(DualopError, match="start Python anew"):
-        ops.define()
+        definition.define()

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import dualop
-from dualop import registry
+from dualop.backends import registry
+from dualop.backends.registry import BACKENDS
 from dualop.errors import BackendUnavailable, DeviceError, DtypeError, OperandError, ShapeError
-from dualop.registry import BACKENDS
 
 if not registry.interpreting():
     pytest.skip("on CPU tensors, with DUALOP_INTERPRET=1", allow_module_level=True)
@@ -205,7 +205,7 @@ def test_a_wrong_environment_variable_is_told_when_it_matters() -> None:
 
 REFUSED = """
 import torch, dualop
-from dualop.registry import BACKENDS, interpreting
+from dualop.backends.registry import BACKENDS, interpreting
 x, b = torch.randn(4, 8), torch.randn(8)
 op = dualop.chain("add | relu")
 explanation = dualop.explain(op, x, b, backend="cuda")
@@ -243,7 +243,7 @@ def test_importing_builds_and_imports_nothing_heavy(tmp_path: Path) -> None:
 import sys, dualop
 light = [m for m in ("torch", "triton", "typer", "rich") if m in sys.modules]
 op = dualop.chain("add | relu")
-import dualop.registry
+import dualop.backends.registry
 result = [light, [m for m in ("triton", "typer", "rich", "torch.utils.cpp_extension") if m in sys.modules]]
 """
     light, heavy = in_process(code, DUALOP_CACHE_DIR=str(tmp_path / "cache"))

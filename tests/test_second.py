@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
 import dualop
-import dualop.autograd  # registers the ops
-from dualop import registry
+import dualop.op.library  # registers the ops
+from dualop.backends import registry
 from dualop.backends.reference import evaluate, reference_gradients
-from dualop.chains import Chain
-from dualop.entry import PIECEWISE_LINEAR, Parameter, Stage
+from dualop.backends.registry import BACKENDS
 from dualop.errors import BackendUnavailable, ChainError
-from dualop.registry import BACKENDS
-from dualop.slopes import Slope, parse, slope
-from dualop.stages import STAGES
+from dualop.language.entry import PIECEWISE_LINEAR, Parameter, Stage
+from dualop.language.slopes import Slope, parse, slope
+from dualop.language.stages import STAGES
+from dualop.language.syntax import Chain
 
 if not registry.interpreting():
     pytest.skip("on CPU tensors, with DUALOP_INTERPRET=1", allow_module_level=True)

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 import dualop
-from dualop import registry
-from dualop.chains import Chain
-from dualop.ranges import SPECIALISED, curved
-from dualop.slopes import Slope
-from dualop.sources import folder
-from dualop.stages import STAGES
+from dualop.backends import registry
+from dualop.build.sources import folder
+from dualop.language.program import SPECIALISED, curved
+from dualop.language.slopes import Slope
+from dualop.language.stages import STAGES
+from dualop.language.syntax import Chain
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # One rounding of a float32 result is half an ulp of a 16-bit dtype. float32 and float64 formulas have a few roundings.
@@ -579,7 +579,7 @@ def test_all_operand_stages_with_numbers_and_with_x(backend: str) -> None:
 
 
 def kernel_names() -> list[str]:
-    """What the table of dualop/stages.py asks of a kernel language, in its order."""
+    """What the table of dualop/language/stages.py asks of a kernel language, in its order."""
     names: list[str] = []
     for stage in STAGES.values():
         calls = [c for p in stage.parameters for w in p.words if (c := dualop.chain(f'{stage.name}("{w}")').calls[0])]

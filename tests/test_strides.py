@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dualop
-from dualop import registry
-from dualop.stages import STAGES
+from dualop.backends import registry
+from dualop.language.stages import STAGES
 
-assert dualop.autograd  # registers the ops
+assert dualop.op.library  # registers the ops
 
 if not registry.interpreting():
     pytest.skip("on CPU tensors, with DUALOP_INTERPRET=1", allow_module_level=True)

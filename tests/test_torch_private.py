@@ -55,7 +55,7 @@ with warnings.catch_warnings(record=True) as said:
         versions.TORCH = ()  # a torch that nobody has tested: its names are tried out
     from dualop import torch_private
     setattr(owner, name, kept)  # torch itself keeps its name
-    import dualop, dualop.autograd
+    import dualop, dualop.op.library
 texts = [str(w.message) for w in said if issubclass(w.category, RuntimeWarning)]
 assert len(texts) == len(set(texts)) and any(f"torch {torch.__version__}" in t for t in texts), texts
 if not change:

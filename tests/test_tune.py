@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import dualop
-from dualop import locks, tune, tuned
 from dualop.backends.reference import Reference
+from dualop.backends.registry import BACKENDS
 from dualop.bench import tuning
 from dualop.bench.workloads import BACKWARD, FORWARD, Workload
+from dualop.build import locks
 from dualop.errors import BackendUnavailable
-from dualop.layout import layout
-from dualop.registry import BACKENDS
+from dualop.launch import tune, tuned
+from dualop.launch.layout import layout
 
 CPU = torch.device("cpu")
 

@@ -10,13 +10,13 @@ import torch
 from test_cli import process, run
 
 import dualop
-from dualop import candidates, tuned
 from dualop.backends import cuda, triton
+from dualop.backends.registry import BACKENDS
 from dualop.bench import tuning
 from dualop.bench.workloads import BACKWARD, FORWARD, Workload
-from dualop.launch import Cut, backward_grid, power_of_two
-from dualop.layout import DTYPES, layout
-from dualop.registry import BACKENDS
+from dualop.launch import candidates, tuned
+from dualop.launch.grid import Cut, backward_grid, power_of_two
+from dualop.launch.layout import DTYPES, layout
 
 CPU = torch.device("cpu")
 OP = dualop.chain("add | relu")
@@ -26,7 +26,7 @@ CUTS = {
     "triton": Cut(rows=16, threads=64, across=32, resident=1),
 }
 KERNELS = tuple(CUTS)
-pytestmark = pytest.mark.skipif(not dualop.registry.interpreting(), reason="kernels are on the GPU")
+pytestmark = pytest.mark.skipif(not dualop.backends.registry.interpreting(), reason="kernels are on the GPU")
 
 
 @pytest.fixture(autouse=True)

@@ -11,15 +11,15 @@ import torch
 from test_cli import run
 
 import dualop
-from dualop import verify as verification
-from dualop import verify_table
 from dualop.backends.reference import Reference
-from dualop.cases import DEFAULT_CHAIN, DTYPES
+from dualop.backends.registry import BACKENDS
 from dualop.errors import DtypeError, OperandError
-from dualop.exact import exact
-from dualop.registry import BACKENDS
-from dualop.sweep import SAMPLED_STRIDE, Sweep, bits_text
-from dualop.verify import EXCUSES, Excuse, Row, verify
+from dualop.numerics import verify as verification
+from dualop.numerics import verify_table
+from dualop.numerics.cases import DEFAULT_CHAIN, DTYPES
+from dualop.numerics.exact import exact
+from dualop.numerics.sweep import SAMPLED_STRIDE, Sweep, bits_text
+from dualop.numerics.verify import EXCUSES, Excuse, Row, verify
 
 CPU = torch.device("cpu")
 

@@ -125,7 +125,7 @@ def gemm_kernel(
 
 
 def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
-    """The text of a chain's file with a `gemm_kernel`; `kinds` (dualop/layout.py) are those of the operands."""
+    """The text of a chain's file with a `gemm_kernel`; `kinds` (dualop/launch/layout.py) are those of the operands."""
     numbers = range(1, len(kinds) + 1)
     views = [f"p{i}, div{i}, mod{i}, stride{i}, outer{i}" for i in numbers]
     reads = [

@@ -28,7 +28,7 @@ from {package}.tile import add, inside, place, programs, read, write, write_sum,
 
 
 def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
-    """The file's text for a chain of `steps` on inputs of `kinds` (dualop/layout.py), x first."""
+    """The file's text for a chain of `steps` on inputs of `kinds` (dualop/launch/layout.py), x first."""
     package = __name__.rpartition(".")[0]
     parts = [_HEAD.format(title=title, package=package), _chain(steps, len(kinds)), *_kernels(kinds)]
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"

@@ -1,6 +1,6 @@
 """The second derivative of every stage that is not made of straight lines: NAME(z, parameters, BITS) -> f''(z).
 
-`cuda/second.cuh` has the same names in the same order with the same formulas, `dualop/derivatives.py` has them
+`cuda/second.cuh` has the same names in the same order with the same formulas, `dualop/language/derivatives.py` has them
 in torch. `slope.py` makes a chain's double backward of them.
 """
 

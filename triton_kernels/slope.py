@@ -12,7 +12,7 @@ from .generate import _HEAD, _INNER, Step, _kernels, _literal, _taken
 
 
 def generate(title: str, steps: Sequence[Step], curved: Collection[str], kinds: Sequence[int]) -> str:
-    """The file's text. `curved`: the functions that `second.py` has; `kinds` (dualop/layout.py): those of x and gy."""
+    """The file's text. `curved`: the functions that `second.py` has; `kinds` (dualop/launch/layout.py): of x and gy."""
     head = _HEAD.format(title=title, package=__name__.rpartition(".")[0])
     head = head.replace("import stages\n", "import second, stages\n")
     _, backward = _kernels(kinds)

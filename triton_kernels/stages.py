@@ -2,8 +2,8 @@
 
 Where the value on the way in a backward can be had cheaper, NAME_inner gives it.
 An operand stage has NAME(z, b, BITS) and NAME_backward(z, b, gy, BITS) -> (gz, gb). `cuda/stages.cuh` has the same
-names in the same order with the same formulas; `dualop/stages.py` says what they mean in torch. Gradients at kinks are
-torch's. Masked gradients are selected, not multiplied by 0, so that an infinite gy stays out.
+names in the same order with the same formulas; `dualop/language/stages.py` says what they mean in torch. Gradients at
+kinks are torch's. Masked gradients are selected, not multiplied by 0, so that an infinite gy stays out.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def tanh_backward(z, gy, BITS: tl.constexpr):
     return gy * math.sech2(z, BITS)
 
 
-# tanh where nothing behind it can enlarge its error; chosen by dualop/ranges.py.
+# tanh where nothing behind it can enlarge its error; chosen by dualop/language/program.py.
 @triton.jit
 def tanh_approx(z, BITS: tl.constexpr):
     if BITS == 8:
@@ -324,7 +324,8 @@ def tanh_approx_backward(z, gy, BITS: tl.constexpr):
     return tanh_backward(z, gy, BITS)
 
 
-# tanh(silu(z)) in one, since tanh's slope multiplies what silu was rounded by with 2 y; chosen by dualop/ranges.py.
+# tanh(silu(z)) in one, since tanh's slope multiplies what silu was rounded by with 2 y; dualop/language/program.py
+# chooses it.
 @triton.jit
 def silu_tanh(z, BITS: tl.constexpr):
     if BITS == 24:
@@ -464,7 +465,7 @@ def gelu_backward(z, gy, BITS: tl.constexpr):
         return gy * (math.normcdf(z, BITS) + z * math.normpdf(z, BITS))
 
 
-# gelu for |z| <= 1, for instance behind tanh; chosen by dualop/ranges.py.
+# gelu for |z| <= 1, for instance behind tanh; chosen by dualop/language/program.py.
 @triton.jit
 def gelu_unit(z, BITS: tl.constexpr):
     return z * math.normcdf_unit(z, BITS)
@@ -475,7 +476,7 @@ def gelu_unit_backward(z, gy, BITS: tl.constexpr):
     return gy * math.gelu_slope_unit(z, BITS)
 
 
-# gelu for -0.5 <= z <= 1, for instance behind silu and tanh; chosen by dualop/ranges.py.
+# gelu for -0.5 <= z <= 1, for instance behind silu and tanh; chosen by dualop/language/program.py.
 @triton.jit
 def gelu_upper(z, BITS: tl.constexpr):
     return gelu_unit(z, BITS)

@@ -1,7 +1,7 @@
 """The CUDA backend: a chain's kernels from `cuda/`, compiled by load_inline, called through ctypes.
 
-A library is compiled for a chain, the result's dtype and the inputs' dtypes and kinds (dualop/layout.py). Its launchers
-take one block of 8-byte words, laid out as `Launch` in cuda/library.cuh.
+A library is compiled for a chain, the result's dtype and the inputs' dtypes and kinds (dualop/launch/layout.py). Its
+launchers take one block of 8-byte words, laid out as `Launch` in cuda/library.cuh.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dualop import build, pool, tuned
+from dualop.backends.functions import lacking
 from dualop.backends.mode import CPU_REASON, INTERPRET
-from dualop.chains import Chain
+from dualop.build import build, pool
+from dualop.build.sources import cuda_header
 from dualop.errors import BackendUnavailable
-from dualop.functions import lacking
-from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
-from dualop.native.record import Word, launched, number
-from dualop.ranges import Step, curved, steps
-from dualop.slopes import Slope
-from dualop.sources import cuda_header
+from dualop.language.program import Step, curved, steps
+from dualop.language.slopes import Slope
+from dualop.language.syntax import Chain
+from dualop.launch import tuned
+from dualop.launch.grid import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.launch.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
+from dualop.replay.record import Word, launched, number
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
 # Searched for on an H100 with the default chain (bench/NOTES.md). Forward hides the wait for memory by many threads
@@ -100,7 +101,7 @@ def _kind(kind: int) -> str:
 
 
 def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
-    """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
+    """How a kernel is cut where nobody searched for this call (dualop/launch/grid.py)."""
     forward, backward = _untuned(chain, view.dtype, len(view.views))
     return TALL[view.dtype].fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dualop.chains import Chain
-from dualop.layout import layout
-from dualop.slopes import Slope, slope_gradients
+from dualop.language.slopes import Slope, slope_gradients
+from dualop.language.syntax import Chain
+from dualop.launch.layout import layout
 
 
 def evaluate(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualop import locks, tuned
+from dualop.backends.functions import lacking
 from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
-from dualop.chains import Chain
-from dualop.functions import lacking
-from dualop.generated import imported
-from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
-from dualop.native.triton import launched
-from dualop.ranges import curved, steps
-from dualop.slopes import Slope
+from dualop.build import locks
+from dualop.build.generated import imported
+from dualop.language.program import curved, steps
+from dualop.language.slopes import Slope
+from dualop.language.syntax import Chain
+from dualop.launch import tuned
+from dualop.launch.grid import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
+from dualop.launch.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
+from dualop.replay.triton import launched
 
 # As in the CUDA backend, but for the compiler's own choice of registers.
 FORWARD = {
@@ -50,7 +51,7 @@ OPTIONS = {} if INTERPRET else {"enable_fp_fusion": True}
 
 
 def source(chain: Chain | Slope, kinds: Sequence[int]) -> str:
-    """The text of the chain's file for inputs of these kinds (dualop/layout.py), x first."""
+    """The text of the chain's file for inputs of these kinds (dualop/launch/layout.py), x first."""
     with locks.brief:  # the first time it imports triton
         from dualop.triton_kernels import generate, slope
 
@@ -180,7 +181,7 @@ tuned.on_change(_launch.cache_clear)
 
 
 def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
-    """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
+    """How a kernel is cut where nobody searched for this call (dualop/launch/grid.py)."""
     reduced = direction == "backward" and any(v.reduced for v in view.views)
     cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
     return TALL[view.dtype].fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut

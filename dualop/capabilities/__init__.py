@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 
 # The registry first: it switches Triton's interpreter on, where that is asked for, and compilers import Triton.
-from dualop import registry
+from dualop.backends import registry
 from dualop.capabilities import compilation, derivatives, export, gpu, limits, modes, processes, tensors, transforms
 from dualop.capabilities.case import Case, Check, Skip
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dualop
-from dualop.registry import BACKENDS
+from dualop.backends.registry import BACKENDS
 
 CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
 TWO = "mul(scale) | add(bias) | tanh | mul(x)"

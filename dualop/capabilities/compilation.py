@@ -14,7 +14,7 @@ from torch.func import grad as fgrad
 from torch.func import hessian, jvp
 
 import dualop
-from dualop import registry
+from dualop.backends import registry
 from dualop.capabilities.case import CHAIN, Case, Function, gpus, refused, same, slow, written_out
 
 

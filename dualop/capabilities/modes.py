@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dualop
+from dualop.backends.registry import BACKENDS
 from dualop.capabilities.case import CHAIN, Case, Function, Skip, same, slow, written_out
-from dualop.registry import BACKENDS
 
 
 class _Names(TorchDispatchMode):

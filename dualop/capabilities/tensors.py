@@ -13,8 +13,8 @@ from torch.autograd import grad
 
 import dualop
 from dualop.capabilities.case import Case, refused, same, written_out
-from dualop.layout import DTYPES, layout
-from dualop.stages import STAGES
+from dualop.language.stages import STAGES
+from dualop.launch.layout import DTYPES, layout
 
 LOOSE = 2e-2  # of 16-bit results of size 1 that torch has rounded after every function, dualop once
 

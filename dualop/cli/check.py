@@ -22,8 +22,8 @@ def check(
     import secrets
 
     import dualop
-    from dualop import cases, check_table
-    from dualop import check as checks
+    from dualop.numerics import cases, check_table
+    from dualop.numerics import check as checks
 
     seed = secrets.randbelow(2**31) if seed is None else seed
     todo = [(chain, cases.CASES)] if chain else cases.checked_chains()

@@ -8,7 +8,7 @@ from dualop.cli.options import Json
 
 def doctor(json_file: Json = None) -> None:
     """Say what this machine has of what dualop needs, which backends run here, and what to install for the others."""
-    from dualop import doctor as examination
+    from dualop.machine import doctor as examination
 
     report = examination.examine()
     output.console().print(examination.table(report))

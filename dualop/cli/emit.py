@@ -30,8 +30,8 @@ def emit(
 
     Without options: level 2, problem 95.
     """
-    from dualop.emit import emit as emitted
-    from dualop.emit import parse_operands
+    from dualop.emit.file import emit as emitted
+    from dualop.emit.file import parse_operands
 
     shapes = parse_operands(operand or [])
     text = emitted(chain, model, backend, batch=batch, bias=not no_bias, linear=linear, shapes=shapes)

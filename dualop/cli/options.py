@@ -24,15 +24,15 @@ def device() -> torch.device:
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ.setdefault("DUALOP_INTERPRET", "1")
-    from dualop.registry import interpreting
+    from dualop.backends.registry import interpreting
 
     return torch.device("cuda" if gpu and not interpreting() else "cpu")
 
 
 def backends(asked: str, chain: Any, device: torch.device) -> tuple[list[str], dict[str, list[str]]]:
     """The backends to run, and for `all` the reasons of those that cannot; one asked for by name raises."""
+    from dualop.backends.registry import BACKENDS, resolve
     from dualop.errors import BackendUnavailable
-    from dualop.registry import BACKENDS, resolve
 
     if asked == "all":
         unavailable = {b.name: reasons for b in BACKENDS.values() if (reasons := b.reasons(chain, device))}
@@ -47,8 +47,8 @@ def backends(asked: str, chain: Any, device: torch.device) -> tuple[list[str], d
 
 def dtypes(text: str) -> list[str]:
     """Names of dtypes from a text with commas, short forms (bf16) among them, or `all`; raises DtypeError."""
-    from dualop.cases import DTYPES
     from dualop.errors import DtypeError
+    from dualop.numerics.cases import DTYPES
 
     short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
     names = list(DTYPES) if text == "all" else [short.get(n.strip(), n.strip()) for n in text.split(",")]

@@ -16,8 +16,8 @@ def show(
 ) -> None:
     """Print the source that a backend compiles for a chain."""
     import dualop
+    from dualop.backends.registry import BACKENDS
     from dualop.errors import BackendUnavailable
-    from dualop.registry import BACKENDS
 
     if backend not in BACKENDS:
         raise BackendUnavailable(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
@@ -36,7 +36,7 @@ def stages() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from dualop.stages import STAGES
+    from dualop.language.stages import STAGES
 
     table = Table("stage", "also", "written", "alone, as a chain", title="stages", title_justify="left")
     for name, stage in STAGES.items():

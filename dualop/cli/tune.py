@@ -34,9 +34,9 @@ def tune(
     asked = os.environ.get("DUALOP_INTERPRET", "") not in ("", "0")  # options.device() sets it where there is no GPU
     device = options.device()
     import dualop
-    from dualop import tuned
     from dualop.bench import tuning, tuning_table, workloads
     from dualop.errors import BackendUnavailable
+    from dualop.launch import tuned
 
     if device.type == "cpu" and not asked:
         raise BackendUnavailable(NO_GPU)

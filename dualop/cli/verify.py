@@ -41,11 +41,11 @@ def verify(
     """
     device = options.device()
     import dualop
-    from dualop import sweep, verify_table
     from dualop.bench.table import device_info
-    from dualop.stages import STAGES
-    from dualop.verify import Row, prepare
-    from dualop.verify import verify as verified
+    from dualop.language.stages import STAGES
+    from dualop.numerics import sweep, verify_table
+    from dualop.numerics.verify import Row, prepare
+    from dualop.numerics.verify import verify as verified
 
     texts = [*(chain or []), *(stage.example for stage in STAGES.values() if all_stages)]
     texts += ['gelu(approximate="tanh")'] if all_stages else []

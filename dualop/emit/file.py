@@ -1,0 +1,251 @@
+"""One self-contained file of a model with a fused tail, in the form that KernelBench takes.
+
+    text = emit("add | swish | tanh | gelu | hardtanh(-1, 1)", "linear:8192x8192", "cuda")
+
+The file needs torch alone (and nvcc or triton, by the backend). It has `ModelNew`, `get_inputs` and `get_init_inputs`,
+the kernels of the library trimmed to what the chain uses, and a small autograd.Function around them. KernelBench's
+rules shape it: no handling of exceptions, weights drawn in the order of the written-out model, kernels that are seen to
+be there. It may be executed as a string (CUDA) or imported as a module (either).
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+import dualop
+from dualop.emit import cuda as emit_cuda
+from dualop.emit import launch as emit_launch
+from dualop.emit import triton as emit_triton
+from dualop.errors import BackendUnavailable, OperandError, ShapeError
+from dualop.language.stages import argument_text
+from dualop.nn import parameter_name, starts_with_add, with_bias
+from dualop.numerics.cases import DEFAULT_CHAIN
+from dualop.op.callable import Chain
+from dualop.op.callable import chain as make_chain
+
+DEFAULT_MODEL, DEFAULT_BATCH = "linear:8192x8192", 1024  # with the default chain: KernelBench level 2, problem 95
+
+Shape = tuple[int, ...]
+BACKENDS = {"cuda": emit_cuda.emitted, "triton": emit_triton.emitted}
+
+_HEAD = '''"""@WHAT@: forward and backward in @LANGUAGE@ kernels, as a single file.
+
+Written by dualop @VERSION@:
+    @COMMAND@
+
+The kernels are dualop's, without what this chain does not use. The chain runs in float32 in registers (float64 for
+float64) and rounds once. Only its input and operands are kept for backward, which computes the rest again and gives
+all gradients in one go; sums have a fixed order, so results are the same from run to run.
+"""
+
+'''
+
+_TAIL = '''
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+class Tail(torch.autograd.Function):
+    """@CHAIN@ on (@INPUTS@), all of one dtype."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        z, *operands = inputs = [tensor.contiguous() for tensor in inputs]
+        for view, operand in zip(VIEWS[1:], operands):
+            if (operand.dtype, operand.device, operand.numel()) != (z.dtype, z.device, view.size):
+                raise ValueError(f"an operand {operand.dtype} {tuple(operand.shape)} with z {z.dtype} {tuple(z.shape)}")
+        ctx.save_for_backward(*inputs)
+        return tail_forward(inputs) if z.numel() else torch.empty_like(z)
+
+    @staticmethod
+    def backward(ctx, gy):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("these gradients have no derivative: use dualop itself for a second one")
+        inputs = ctx.saved_tensors
+        if not gy.numel():
+            return tuple(torch.zeros_like(tensor) for tensor in inputs)
+        return tuple(tail_backward(gy.contiguous(), inputs, ctx.needs_input_grad))
+
+
+class ModelNew(nn.Module):
+    def __init__(@PARAMETERS@):
+        super().__init__()
+@INIT@
+
+    def forward(self, x):
+@FORWARD@
+
+
+@INPUT_SIZES@
+
+
+def get_inputs():
+    return [@GET_INPUTS@]
+
+
+def get_init_inputs():
+    return [@GET_INIT_INPUTS@]
+'''
+
+
+@dataclass(frozen=True)
+class Model:
+    """What stands in front of the tail: a Linear, or nothing (`linear` is then "", and `shape` is that of x)."""
+
+    shape: Shape
+    linear: str = ""
+    bias: bool = True
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+
+def emit(
+    chain: str | Chain = DEFAULT_CHAIN,
+    model: str = DEFAULT_MODEL,
+    backend: str = "cuda",
+    *,
+    batch: int = DEFAULT_BATCH,
+    bias: bool = True,
+    linear: str = "matmul",
+    shapes: Mapping[str, Shape] | None = None,
+) -> str:
+    """The file's text; the same arguments give the same text.
+
+    `model` is linear:INxOUT, for nn.Linear(IN, OUT, bias) under the name `linear` and inputs of (batch, IN), or
+    input:AxBx..., for the chain alone on inputs of this shape. An operand is a parameter, drawn by torch.randn, with
+    the shape that `shapes` has for it, or (OUT,): any that broadcasts with (batch, OUT) or AxBx... and varies along
+    neighbouring dimensions, such as a channel (C, 1, 1), a row (B, 1) or a number (). Its name is that of dualop.nn.
+    The file takes any batch, unless an operand has the size of one, and for the rest these sizes only. Raises
+    ChainError, ShapeError, OperandError, BackendUnavailable.
+    """
+    op, given = make_chain(chain), dict(shapes or {})
+    if backend not in BACKENDS:
+        raise BackendUnavailable(f"no file can be emitted for backend {backend!r}; there are {', '.join(BACKENDS)}")
+    spec = _model(model, linear, bias, batch)
+    if unknown := given.keys() - set(op.operands):
+        raise OperandError(f"`{op}` has no operand {', '.join(sorted(unknown))}; it takes {', '.join(op.operands)}")
+    every = tuple(tuple(given.get(name, (spec.columns,))) for name in op.operands)
+    for i, name in enumerate(op.operands):
+        _check(name, [linear, *map(parameter_name, op.operands[:i])])
+
+    values = [f"self.{parameter_name(name)}" for name in op.operands]
+    tail, shape, tensors = op, (batch, spec.columns) if spec.linear else spec.shape, list(every)
+    z, folded, forward = "x", with_bias(op) if spec.linear and bias else None, []
+    if spec.linear:
+        z = f"self.{linear}(x)" if bias and folded is None else f"x @ self.{linear}.weight.t()"
+    if folded is not None and starts_with_add(op) and every[0] == (spec.columns,):
+        forward = [
+            f"# The Linear's bias and {values[0].removeprefix('self.')} are added up first: one gradient is both's."
+        ]
+        values[0] = f"self.{linear}.bias + {values[0]}"
+    elif folded is not None:
+        tail, values, tensors = folded, [f"self.{linear}.bias", *values], [(spec.columns,), *every]
+    names = [parameter_name(name) for name in tail.operands]
+    plan = emit_launch.plan(shape, dict(zip(tail.operands, tensors, strict=True)))
+
+    command = ["dualop", "emit", "--chain", str(op), "--model", model, "--backend", backend]
+    command += ["--batch", str(batch)] if spec.linear else []
+    command += [] if bias or not spec.linear else ["--no-bias"]
+    command += ["--linear", linear] if spec.linear and linear != "matmul" else []
+    command += [word for n, s in given.items() for word in ("--operand", f"{n}={shape_text(s)}")]
+    filled = {
+        "@WHAT@": f"{op}{' behind a Linear' if spec.linear else ''}",
+        "@LANGUAGE@": {"cuda": "CUDA", "triton": "Triton"}[backend],
+        "@VERSION@": dualop.__version__,
+        "@COMMAND@": shlex.join(command),
+        "@CHAIN@": str(tail),
+        "@INPUTS@": ", ".join(("z", *names)),
+        "@FORWARD@": _lines([*forward, f"return Tail.apply({', '.join((z, *values))})"]),
+        **_constructor(op, spec, every),
+        **_inputs(op, spec, every, batch),
+    }
+    text = _HEAD + BACKENDS[backend](tail, plan) + _TAIL
+    for mark, value in filled.items():
+        text = text.replace(mark, value)
+    return text
+
+
+def parse_operands(texts: Sequence[str]) -> dict[str, Shape]:
+    """Shapes as the command line has them: `scale=1`, `shift=1x8192`, `alpha=scalar`."""
+    shapes = {}
+    for text in texts:
+        match = re.fullmatch(r"(\w+)=(scalar|\d+(?:x\d+)*)", text)
+        if not match:
+            raise ShapeError(f"{text!r} is not NAME=SHAPE with a shape such as 8192, 1x8192 or scalar")
+        shapes[match[1]] = () if match[2] == "scalar" else tuple(map(int, match[2].split("x")))
+    return shapes
+
+
+def shape_text(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _model(text: str, linear: str, bias: bool, batch: int) -> Model:
+    match = re.fullmatch(r"(?:(linear):(\d+)x(\d+)|input:(\d+(?:x\d+)*))", text)
+    sizes = [int(n) for n in re.findall(r"\d+", text)] if match else []
+    if not match or 0 in sizes or batch < 1:
+        raise ShapeError(f"model {text!r}, batch {batch}: write linear:INxOUT or input:AxBx..., with sizes from 1 on")
+    if not match[1]:
+        return Model(tuple(sizes))
+    if not linear.isidentifier() or keyword.iskeyword(linear) or hasattr(nn.Module(), linear):
+        raise OperandError(f"the Linear cannot be called {linear!r} in a module: choose another name")
+    return Model(tuple(sizes), linear, bias)
+
+
+def _check(operand: str, taken: Sequence[str]) -> None:
+    name = parameter_name(operand)
+    if keyword.iskeyword(name) or hasattr(nn.Module(), name) or name in taken:
+        raise OperandError(f"the operand {operand} cannot be the parameter {name}: write another name into the chain")
+
+
+def _constructor(chain: Chain, model: Model, shapes: Sequence[Shape]) -> dict[str, str]:
+    """The parameters of ModelNew and what it does with them, weights in the order of the written-out model."""
+    names = [parameter_name(name) for name in chain.operands]
+    parameters = ["self", *(("in_features", "out_features") if model.linear else ()), *(f"{n}_shape" for n in names)]
+    numbers = [a for call in chain.calls for a in call.arguments if isinstance(a, float) and math.isfinite(a)]
+    body = []
+    if numbers:
+        parameters.append("*numbers")
+        known = ", ".join(dict.fromkeys(map(argument_text, numbers)))
+        body += [
+            f"if not set(numbers) <= {{{known}}}:",
+            '    raise ValueError(f"{numbers} are not the numbers that are compiled into the kernels")',
+        ]
+    if model.linear:
+        bias = "" if model.bias else ", bias=False"
+        body.append(f"self.{model.linear} = nn.Linear(in_features, out_features{bias})")
+    for name, shape in zip(names, shapes, strict=True):
+        body.append(f"self.{name} = nn.Parameter(torch.randn({name}_shape))")
+        body += [
+            f"if self.{name}.shape != {shape}:",
+            f'    raise ValueError(f"{name}_shape {{{name}_shape}} needs other kernels")',
+        ]
+    return {"@PARAMETERS@": ", ".join(parameters), "@INIT@": _lines(body) if body else ""}
+
+
+def _inputs(chain: Chain, model: Model, shapes: Sequence[Shape], batch: int) -> dict[str, str]:
+    names = [f"{parameter_name(name)}_shape" for name in chain.operands]
+    if model.linear:
+        lines = [f"batch_size = {batch}", f"in_features = {model.shape[0]}", f"out_features = {model.shape[1]}"]
+    else:
+        lines = [f"shape = {model.shape}"]
+    for name, shape in zip(names, shapes, strict=True):
+        lines.append(f"{name} = {'(out_features,)' if model.linear and shape == model.shape[1:] else shape}")
+    return {
+        "@INPUT_SIZES@": "\n".join(lines),
+        "@GET_INPUTS@": "torch.rand(batch_size, in_features)" if model.linear else "torch.rand(shape)",
+        "@GET_INIT_INPUTS@": ", ".join([*(("in_features", "out_features") if model.linear else ()), *names]),
+    }
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return "\n".join(f"        {line}" for line in lines)

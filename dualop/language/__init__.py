@@ -1,0 +1,1 @@
+"""The language of chains: stages, text, lowering to a program. It knows arithmetic, and neither memory nor backends."""

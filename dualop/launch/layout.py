@@ -1,0 +1,335 @@
+"""How tensors meet a kernel: promotion, broadcasting, and one view of everything as rows and columns.
+
+The result's dimensions, in the order of its memory, are merged as far as every tensor allows. The innermost merged
+dimension is the **columns**, all others together are the **rows**. At row r and column c a tensor's element is
+
+    data[(r // div % mod) * row_stride + r // (div * mod) * outer_stride + c]        (kind says which terms there are)
+
+A feature vector (N,) varies along the columns only, a channel (C, 1, 1) of NCHW data along the rows with div 1 and
+mod C, a per-sample (B, 1) along the rows, a full-size tensor along both; channels_last data makes a channel a column.
+A slice x[:, :k] of three dimensions has rows in two strides, which is what outer_stride is for. A tensor that has no
+such form is copied into one that has. Where all tensors are merged into one long row, it is folded into rows of `FOLD`
+columns, the last of them shorter; so `total` bounds the last row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualop.build.locks import cached_property
+from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
+
+# Varies along the columns; along the rows; is repeated along the rows; has rows in two strides.
+COLUMN, ROW, WRAP, SPLIT = 1, 2, 4, 8
+FULL = COLUMN | ROW
+FOLD = 8192
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Significant bits of a result: how accurate the arithmetic that is rounded to it has to be.
+BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
+
+
+@dataclass(frozen=True)
+class View:
+    """Where one input's elements lie, and what becomes of its gradient.
+
+    `copy` is None, or the strides (of the result's rank, 0 where it is broadcast) of the dense copy that the kernel
+    reads in its place. `gradient_strides` are those of a dense gradient of the input's own shape.
+    """
+
+    kind: int
+    div: int
+    mod: int
+    row_stride: int
+    outer_stride: int
+    copy: tuple[int, ...] | None
+    gradient_strides: tuple[int, ...]
+    # The input is broadcast in a way that no view has: its gradient is written in full and summed by torch.
+    expanded: bool = False
+
+    @property
+    def reduced(self) -> bool:
+        """Whether several elements of the result share an element of this input."""
+        return self.kind & ~SPLIT != FULL
+
+    def extent(self, rows: int, cols: int) -> int:
+        """No offset in this input is larger, nor in the rows themselves."""
+        run = self.mod if self.kind & (WRAP | SPLIT) else rows
+        return max(run * self.row_stride + math.ceil(rows / max(self.mod, 1)) * self.outer_stride + cols, rows * cols)
+
+    def sum_shape(self, rows: int, cols: int, row_programs: int, col_programs: int) -> tuple[int, int, int, int]:
+        """(outer, kept, inner, columns): its partial sums in memory; the gradient sums over outer and inner."""
+        if self.kind == 0:
+            return row_programs * col_programs, 1, 1, 1
+        if self.kind == COLUMN:
+            return row_programs, 1, 1, cols
+        if self.kind & SPLIT:
+            return 1, rows, col_programs, 1
+        outer = rows // (self.div * self.mod)
+        if self.kind & COLUMN:
+            return outer, self.mod, self.div, cols
+        return outer, self.mod, self.div * col_programs, 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The result's shape, strides and dtype, the rows and columns, and a View for x and each operand."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    rows: int
+    cols: int
+    total: int
+    views: tuple[View, ...]
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.dtype]
+
+    @property
+    def gradient_bits(self) -> int:
+        """The same of gradients: bfloat16's take float16's functions, which share parts with their derivatives."""
+        return max(self.bits, BITS[torch.float16])
+
+    @cached_property
+    def narrow(self) -> bool:
+        """Whether 32 bits hold every row, column and offset that a kernel meets, also of programs behind the end."""
+        return all(v.extent(self.rows, self.cols) < 2**31 - 2**26 for v in self.views)
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of all arithmetic and of partial sums."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def output(self, device: torch.device) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+    def gradient(self, index: int, like: Tensor, device: torch.device) -> Tensor:
+        """Uninitialised memory for the gradient of input `index`."""
+        return torch.empty_strided(like.shape, self.views[index].gradient_strides, dtype=like.dtype, device=device)
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Uninitialised memory for a gradient: in the order of the result if of its size, else contiguous."""
+        if tensor.shape == self.shape:
+            return torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    def partial(self, index: int, row_programs: int, col_programs: int, device: torch.device) -> Tensor | None:
+        """Uninitialised memory for the partial sums of input `index`, one for each program or row; None if there are
+        none: nothing is summed, or one program has all of a sum and writes the gradient itself."""
+        view = self.views[index]
+        shape = view.sum_shape(self.rows, self.cols, row_programs, col_programs)
+        if not view.reduced or (shape[0] * shape[2] == 1 and not view.expanded):
+            return None
+        return torch.empty(math.prod(shape), dtype=self.accumulator, device=device)
+
+    def finished(
+        self, gradients: Sequence[Tensor | None], partials: Sequence[Tensor | None], tensors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The wanted gradients as autograd takes them, once the kernels have written gradients and partial sums."""
+        done = []
+        for view, gradient, partial, tensor in zip(self.views, gradients, partials, tensors, strict=True):
+            if view.expanded and partial is not None:
+                whole = partial[: self.total].as_strided(self.shape, self.strides)
+                gradient = whole.sum_to_size(tensor.shape).to(tensor.dtype)
+            if gradient is not None:
+                whole_size = gradient.shape == self.shape
+                done.append((gradient if whole_size else gradient.contiguous()).to(tensor.device))
+        return done
+
+    def readable(self, index: int, tensor: Tensor, device: torch.device) -> Tensor:
+        """The tensor as the kernel reads it: itself, or a copy where the view or the device asks for one."""
+        if tensor.device != device:  # a number on the CPU
+            tensor = tensor.to(device, non_blocking=True)
+        strides = self.views[index].copy
+        if strides is None:
+            return tensor
+        shape = tuple(n if s else 1 for n, s in zip(self.shape, strides, strict=True))
+        copy = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+        return copy.copy_(tensor)
+
+
+def layout(x: Tensor, operands: Sequence[Tensor]) -> Layout:
+    """The layout of a call; the same shapes, strides and dtypes give the same object."""
+    return _layout(tuple((t.shape, t.stride(), t.dtype) for t in (x, *operands)))
+
+
+def device_of(x: Tensor, operands: Sequence[Tensor]) -> torch.device:
+    """The device of a call. Zero-dimensional CPU tensors go along with any; DeviceError if others are mixed."""
+    device = x.device
+    if all(tensor.device == device for tensor in operands):
+        return device
+    devices = {t.device for t in (x, *operands) if t.dim() > 0 or t.device.type != "cpu"}
+    if len(devices) > 1:
+        listed = ", ".join(str(t.device) for t in (x, *operands))
+        raise DeviceError(f"all tensors of a chain must be on one device, these are on {listed}")
+    return devices.pop()
+
+
+def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
+    """Raise the error that fits, naming the tensor, if the call makes no sense."""
+    for name, tensor in zip(("x", *names), (x, *operands), strict=True):
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise OperandError(f"{name} must be a tensor, not {kind}; write a number in the chain's text")
+        if tensor.dtype not in DTYPES:
+            takes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            more = f": pass {name}.dequantize()" if tensor.is_quantized else ""
+            raise DtypeError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; a chain takes {takes}{more}")
+        if tensor.is_nested:  # jagged or strided, neither of which has a dense form
+            advice = f"torch.nested.to_padded_tensor({name}, 0.0), or the tensors of {name}.unbind() one by one"
+            raise LayoutError(f"{name} is a nested tensor; pass {advice}")
+        if tensor.layout is not torch.strided:
+            raise LayoutError(f"{name} is {str(tensor.layout).removeprefix('torch.')}; pass {name}.to_dense()")
+    tensors = (x, *operands)
+    # Symbolic sizes may be unknown, and then not be compared: the ops' fake kernels have torch broadcast them.
+    known = not torch.compiler.is_compiling() and all(type(n) is int for t in tensors for n in t.shape)
+    if known and not _broadcast(*[t.shape for t in tensors]):
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(("x", *names), tensors, strict=True))
+        raise ShapeError(f"shapes do not broadcast together: {shapes}")
+    device_of(x, operands)
+
+
+def checked(tensors: Sequence[Tensor], names: Sequence[str]) -> torch.device:
+    """The device of a call with these tensors, (x, *operands), which `validate` sees the first time only.
+
+    Strided tensors in memory and no tracer: shapes, dtypes and devices say everything.
+    """
+    like = tuple([(t.shape, t.dtype, t.device) for t in tensors])
+    device = _checked.get(like)
+    if device is None:
+        validate(tensors[0], tensors[1:], names)
+        if len(_checked) >= CHECKED:
+            _checked.clear()
+        device = _checked[like] = device_of(tensors[0], tensors[1:])
+    return device
+
+
+CHECKED = 4096
+_checked: dict[tuple[Any, ...], torch.device] = {}
+
+
+@lru_cache(maxsize=4096)
+def _broadcast(*shapes: Sequence[int]) -> bool:
+    """Return True if the shapes broadcast together."""
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _layout(tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]) -> Layout:
+    # Meta tensors ask torch itself for the promoted dtype, the broadcast shape and the strides of `x + operands`.
+    metas = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in tensors]
+    result = metas[0].neg() if len(metas) == 1 else metas[0]
+    for meta in metas[1:]:
+        result = result + meta
+    shape, strides = tuple(result.shape), tuple(result.stride())
+    order = [d for d in sorted(range(len(shape)), key=lambda d: -strides[d]) if shape[d] > 1]
+
+    compacts = [_compact(meta, shape, order) for meta in metas]
+    full = tuple(strides[d] if shape[d] > 1 else 0 for d in range(len(shape)))
+    candidates = [[_own_strides(m, shape, c), c, full] for m, c in zip(metas, compacts, strict=True)]
+    # Replace a tensor that has no row and column form by a dense copy, then by a copy of the result's size.
+    levels = [0 if c[0] is not None else 1 for c in candidates]
+    while True:
+        chosen = [c[level] for c, level in zip(candidates, levels, strict=True)]
+        dims = _merge(order, shape, full, chosen)  # type: ignore[arg-type]
+        bad = [i for i, form in enumerate(_forms(dims, len(metas))) if form is None]
+        if not bad:
+            break
+        for i in bad:
+            levels[i] += 1
+    rows, cols = math.prod(size for size, _ in dims[:-1]), dims[-1][0]
+    total = math.prod(shape)
+    if len(dims) == 1 and total > FOLD:  # only whole and scalar tensors
+        rows, cols = math.ceil(total / FOLD), FOLD
+    views = []
+    for i, (meta, compact, level) in enumerate(zip(metas, compacts, levels, strict=True)):
+        form = _forms(dims, len(metas))[i]
+        assert form is not None
+        kind, div, mod, row_stride, outer_stride = form
+        if len(dims) == 1 and kind == COLUMN:
+            kind, row_stride = FULL, cols
+        expanded = level == 2 and compact != full
+        if expanded:
+            kind, div, mod, outer_stride = FULL | WRAP, 1, rows, 0
+        own = compact[len(shape) - meta.dim() :]
+        dense = tuple(s if n > 1 else 1 for s, n in zip(own, meta.shape, strict=True))
+        dense = strides if meta.shape == shape else dense
+        views.append(View(kind, div, mod, row_stride, outer_stride, (None, compact, full)[level], dense, expanded))
+    return Layout(shape, strides, result.dtype, rows, cols, total, tuple(views))
+
+
+def _own_strides(meta: Tensor, shape: tuple[int, ...], compact: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Its strides at the result's rank, 0 where it is broadcast; None if its own elements share memory."""
+    pad = len(shape) - meta.dim()
+    strides = tuple(s if n > 1 else 0 for n, s in zip(meta.shape, meta.stride(), strict=True))
+    return None if any(s == 0 < n - 1 for n, s in zip(meta.shape, meta.stride(), strict=True)) else (0,) * pad + strides
+
+
+def _compact(meta: Tensor, shape: tuple[int, ...], order: list[int]) -> tuple[int, ...]:
+    """The strides of a dense copy whose dimensions lie in the order of the result's memory."""
+    pad, strides, step = len(shape) - meta.dim(), [0] * len(shape), 1
+    for d in reversed(order):
+        if d >= pad and meta.shape[d - pad] > 1:
+            strides[d] = step
+            step *= meta.shape[d - pad]
+    return tuple(strides)
+
+
+Dims = list[tuple[int, tuple[int, ...]]]
+Form = tuple[int, int, int, int, int]
+
+
+def _merge(order: list[int], shape: tuple[int, ...], full: tuple[int, ...], chosen: list[tuple[int, ...]]) -> Dims:
+    """The dimensions as (size, stride of each tensor), outermost first, neighbours merged where all allow it."""
+    dims: Dims = []
+    for d in order:
+        strides = tuple(c[d] for c in chosen)
+        if dims and all(outer == inner * shape[d] for outer, inner in zip(dims[-1][1], strides, strict=True)):
+            dims[-1] = (dims[-1][0] * shape[d], strides)
+        else:
+            dims.append((shape[d], strides))
+    return dims or [(1, (0,) * len(chosen))]
+
+
+def _forms(dims: Dims, count: int) -> list[Form | None]:
+    """(kind, div, mod, row_stride, outer_stride) of each tensor, None where it has no such form."""
+    rows = math.prod(size for size, _ in dims[:-1])
+    forms: list[Form | None] = []
+    for i in range(count):
+        column = dims[-1][1][i]
+        varying = [d for d, (_, strides) in enumerate(dims[:-1]) if strides[i]]
+        # Runs of neighbouring dimensions that are one dimension for this tensor: [first, last].
+        runs: list[list[int]] = []
+        for d in varying:
+            stride, step = dims[d][1][i], dims[d][0]
+            if runs and runs[-1][1] == d - 1 and dims[d - 1][1][i] == stride * step:
+                runs[-1][1] = d
+            else:
+                runs.append([d, d])
+        sizes = [math.prod(dims[d][0] for d in range(first, last + 1)) for first, last in runs]
+        strides = [dims[last][1][i] for _, last in runs]
+        if column not in (0, 1):
+            forms.append(None)
+        elif not runs:
+            forms.append((column, 1, 1, 0, 0))
+        elif len(runs) == 1:
+            div = math.prod(dims[d][0] for d in range(runs[0][1] + 1, len(dims) - 1))
+            forms.append((ROW | column | (WRAP if sizes[0] < rows else 0), div, sizes[0], strides[0], 0))
+        elif len(runs) == 2 and sizes[0] * sizes[1] == rows:
+            forms.append((ROW | column | SPLIT, 1, sizes[1], strides[1], strides[0]))
+        else:
+            forms.append(None)
+    return forms

@@ -1,0 +1,324 @@
+"""What this machine has of what dualop needs, and what to install for the rest.
+
+    report = examine()      rows of (item, found, advice); what may hang or crash is asked by `dualop.machine.probe`
+    table(report)           for a terminal
+    as_json(report)         for a program
+
+Needs nothing but the standard library, so it works where torch, triton or rich are missing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dualop
+from dualop import versions
+from dualop.build import build, cache
+from dualop.errors import DualopError
+from dualop.machine import probe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+VARIABLES = (
+    *("DUALOP_BACKEND", "DUALOP_INTERPRET", "DUALOP_CACHE_DIR", "DUALOP_NATIVE", "DUALOP_GEMM"),
+    *("DUALOP_VERBOSE", "DUALOP_TRITON36"),
+)
+BACKEND_NAMES = ("auto", "cuda", "triton", "reference")
+SWITCHES = ("DUALOP_INTERPRET", "DUALOP_NATIVE", "DUALOP_VERBOSE")
+
+# The first CUDA toolkit whose nvcc knows the architecture, by the major number of the compute capability.
+FIRST_TOOLKIT = {8: (11, 1), 9: (11, 8), 10: (12, 8), 11: (13, 0), 12: (12, 8)}
+
+MISSING = {
+    "nvcc": "for the cuda backend on a GPU: install the CUDA toolkit, and put its bin/ on PATH or set CUDA_HOME",
+    "ninja": "for the cuda backend: pip install ninja",
+    "g++": "for the cuda backend and for triton's launcher: apt-get install g++, or set CXX to a C++ compiler",
+}
+
+WALK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was looked at: what was found, and what to do about it ("" when nothing is to be done)."""
+
+    item: str
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that `examine` found, in the order in which it is shown."""
+
+    rows: tuple[Row, ...]
+
+    def __getitem__(self, item: str) -> Row:
+        """The first row called `item`; KeyError when there is none."""
+        for row in self.rows:
+            if row.item == item:
+                return row
+        raise KeyError(item)
+
+
+def examine() -> Report:
+    """Look at everything. Never raises, waits for nothing longer than the limits of probe.py, changes nothing."""
+    with ThreadPoolExecutor(max_workers=5) as pool:
+        asked_facts, asked_driver = pool.submit(probe.facts), pool.submit(probe.nvidia_smi)
+        finders = {"nvcc": _find_nvcc, "ninja": build.find_ninja, "g++": build.find_cxx}
+        asked_tools = {name: pool.submit(probe.tool, find) for name, find in finders.items()}
+        cache = _guarded("cache folder", _cache_rows)
+        facts, listed = asked_facts.result(), asked_driver.result()
+        tools = {name: asked.result() for name, asked in asked_tools.items()}
+    return Report(
+        (
+            Row("dualop", f"{dualop.__version__}, {Path(dualop.__file__).parent}"),
+            Row("python", f"{platform.python_version()}, {sys.executable}"),
+            *_guarded("GPU", lambda: _gpu_rows(facts, listed)),
+            *_guarded("driver", lambda: _driver_rows(listed)),
+            *_guarded("torch", lambda: _torch_rows(facts)),
+            *_guarded("triton", lambda: _triton_rows(facts)),
+            *_guarded("tools", lambda: _tool_rows(tools, facts)),
+            *cache,
+            *_guarded("launches", lambda: _launch_rows(facts)),
+            *_guarded("environment", _environment_rows),
+            *_guarded("backends", lambda: _backend_rows(facts)),
+            *_guarded("native", lambda: _native_rows(facts)),
+        )
+    )
+
+
+def table(report: Report) -> Table:
+    """The report as a rich table; what needs something done is yellow."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title="dualop doctor", title_justify="left")
+    for column in ("item", "found", "what to do"):
+        shown.add_column(column, overflow="fold")
+    for row in report.rows:
+        # Text, since a path or a compiler's message may hold what rich would read as markup.
+        shown.add_row(Text(row.item), Text(row.found), Text(row.advice), style="yellow" if row.advice else "")
+    return shown
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as plain data for `json.dump`: `{"rows": [{"item", "found", "advice"}, ...]}`."""
+    return {"rows": [asdict(row) for row in report.rows]}
+
+
+def _guarded(item: str, rows: Callable[[], Iterator[Row]]) -> list[Row]:
+    """The rows, or one that holds the error: a report with a hole is worth more than none."""
+    try:
+        return list(rows())
+    except Exception as error:
+        return [Row(item, f"could not be examined: {type(error).__name__}: {error}")]
+
+
+def _error(facts: dict[str, Any], step: str) -> str:
+    """Why a step of the probe gave nothing, or ""."""
+    fact = facts.get(step)
+    if fact is None:
+        return "not examined, since Python died before"
+    return str(fact.get("error", "")) if isinstance(fact, dict) else ""
+
+
+def _gpu_rows(facts: dict[str, Any], listed: list[dict[str, str]]) -> Iterator[Row]:
+    gpus = facts.get("gpus")
+    if isinstance(gpus, list) and gpus:
+        for index, gpu in enumerate(gpus):
+            capability = ".".join(map(str, gpu["capability"]))
+            size = f"{gpu['bytes'] / 2**30:.0f} GiB"
+            item = "GPU" if index == 0 else f"GPU {index}"
+            yield Row(item, f"{gpu['name']}, compute capability {capability}, {gpu['sms']} SMs, {size}")
+    elif listed:
+        names = ", ".join(gpu["name"] for gpu in listed)
+        yield Row("GPU", f"{names}: the driver sees it, torch does not", _why_torch_sees_none(facts, listed))
+    elif (error := _error(facts, "gpus")) and not _error(facts, "torch"):
+        yield Row("GPU", f"none that torch can use: {error}", "update the driver, or install torch for an older CUDA")
+    else:
+        yield Row("GPU", "none", "kernels run interpreted on CPU tensors only: DUALOP_INTERPRET=1 before the start")
+
+
+def _why_torch_sees_none(facts: dict[str, Any], listed: list[dict[str, str]]) -> str:
+    if _error(facts, "torch"):
+        return "repair torch first"
+    if facts["torch"]["cuda"] is None:
+        return "this torch is a CPU build: install a CUDA build of torch"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} may hide it"
+    driver = listed[0]["driver_version"]
+    return _error(facts, "gpus") or f"driver {driver} may be too old for CUDA {facts['torch']['cuda']}: update it"
+
+
+def _driver_rows(listed: list[dict[str, str]]) -> Iterator[Row]:
+    said = Path("/proc/driver/nvidia/version")
+    if listed:
+        yield Row("driver", f"NVIDIA {listed[0]['driver_version']}")
+    elif said.exists():
+        number = re.search(r"\d+\.\d+(?:\.\d+)?", said.read_text())
+        yield Row("driver", f"NVIDIA {number[0] if number else 'of an unknown version'}")
+    else:
+        advice = "there is an NVIDIA GPU on the bus: install NVIDIA's driver" if _on_the_bus() else ""
+        yield Row("driver", "none", advice)
+
+
+def _on_the_bus() -> bool:
+    """Whether a display controller (class 0x03) of NVIDIA's (vendor 0x10de) is there."""
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        vendor, kind = device / "vendor", device / "class"
+        if vendor.is_file() and vendor.read_text().strip() == "0x10de" and kind.read_text().startswith("0x03"):
+            return True
+    return False
+
+
+def _torch_rows(facts: dict[str, Any]) -> Iterator[Row]:
+    if error := _error(facts, "torch"):
+        yield Row("torch", error, "pip install 'torch>=2.11'")
+        return
+    torch = facts["torch"]
+    kind = f"built for CUDA {torch['cuda']}" if torch["cuda"] else "CPU build"
+    yield Row("torch", f"{torch['version']}, {kind}, {Path(torch['file']).parent}", _tested("torch", torch["version"]))
+    private = facts.get("private")
+    for without in private if isinstance(private, list) else ():
+        yield Row("torch", without, f"install a tested version: torch {versions.listed(versions.TORCH)}")
+
+
+def _tested(package: str, version: str) -> str:
+    """What to do about a version that is too old or not tested, or ""."""
+    tested = {"torch": versions.TORCH, "triton": versions.TRITON}[package]
+    if versions.of(version) < tested[0]:
+        return f"dualop needs {package} {versions.listed(tested[:1])} or newer"
+    if versions.of(version) in tested:
+        return ""
+    return f"not tested; tested are {versions.listed(tested)}"
+
+
+def _triton_rows(facts: dict[str, Any]) -> Iterator[Row]:
+    if error := _error(facts, "triton"):
+        yield Row("triton", error, "for the triton backend: pip install 'triton>=3.6'")
+        return
+    triton = facts["triton"]
+    yield Row("triton", f"{triton['version']}, {Path(triton['file']).parent}", _tested("triton", triton["version"]))
+
+
+def _find_nvcc() -> Path | None:
+    home = build.cuda_home()
+    return home / "bin" / "nvcc" if home else None
+
+
+def _tool_rows(tools: dict[str, probe.Tool], facts: dict[str, Any]) -> Iterator[Row]:
+    gpus = facts.get("gpus")
+    major = gpus[0]["capability"][0] if isinstance(gpus, list) and gpus else 0
+    first = FIRST_TOOLKIT.get(major, (0, 0))
+    for name, tool in tools.items():
+        if tool.path is None:
+            asked = f"none for CXX={os.environ['CXX']}" if name == "g++" and os.environ.get("CXX") else "none"
+            yield Row(name, tool.problem or asked, MISSING[name])
+        elif tool.problem:
+            yield Row(name, f"{tool.path}: {tool.problem}", f"it does not work; {MISSING[name]}")
+        else:
+            old = name == "nvcc" and versions.of(tool.version) < first
+            advice = f"compute capability {major}.x needs a CUDA toolkit {first[0]}.{first[1]} or newer" if old else ""
+            yield Row(name, f"{tool.version or 'unknown version'}, {tool.path}", advice)
+
+
+def _cache_rows() -> Iterator[Row]:
+    try:
+        folder, problem = cache.found()
+    except DualopError as error:
+        yield Row("cache folder", "none", str(error))
+        return
+    if not os.path.isdir(folder):
+        advice = _temporary(problem) if cache.usable(folder) else f"it cannot be made: {cache.REMEDY}"
+        yield Row("cache folder", f"{folder}, not there yet", advice)
+        return
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            writable = True
+    except OSError:
+        writable = False
+    advice = _temporary(problem) if writable else cache.REMEDY
+    yield Row("cache folder", f"{folder}, {'' if writable else 'not '}writable, {_contents(folder)}", advice)
+
+
+def _temporary(problem: str) -> str:
+    return f"{problem}, so builds are kept in a temporary folder: {cache.REMEDY} and lasts" if problem else ""
+
+
+def _contents(folder: Path) -> str:
+    """How many libraries lie in the cache and what all of it takes, counted for `WALK_SECONDS` at most."""
+    size, builds, until, more = 0, 0, time.monotonic() + WALK_SECONDS, ""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                size += os.lstat(os.path.join(root, name)).st_size
+            except OSError:
+                continue  # another process cleans up
+            builds += name.endswith(".so")
+        if time.monotonic() > until:
+            more = "more than "
+            break
+    return f"{more}{builds} {'build' if builds == 1 else 'builds'}, {more}{size / 2**20:.1f} MiB"
+
+
+def _launch_rows(facts: dict[str, Any]) -> Iterator[Row]:
+    if error := _error(facts, "tuned"):
+        yield Row("launches", error)
+        return
+    count, file = facts["tuned"]["launches"], facts["tuned"]["file"]
+    yield Row("launches", f"{count} found by `dualop tune`, {file}" if count else "by the heuristic")
+
+
+def _environment_rows() -> Iterator[Row]:
+    mine = {name: value for name, value in sorted(os.environ.items()) if name.startswith("DUALOP_")}
+    if not mine:
+        yield Row("environment", "no DUALOP_* variable is set")
+    for name, value in mine.items():
+        advice = ""
+        if name not in VARIABLES:
+            advice = f"dualop reads no such variable; it reads {', '.join(VARIABLES)}"
+        elif name == "DUALOP_BACKEND" and value not in ("", *BACKEND_NAMES):
+            advice = f"not a backend: use one of {', '.join(BACKEND_NAMES)}"
+        elif name in SWITCHES and value not in ("", "0", "1"):
+            advice = "use 1 or 0"
+        yield Row(name, value, advice)
+
+
+def _backend_rows(facts: dict[str, Any]) -> Iterator[Row]:
+    if error := _error(facts, "backends"):
+        yield Row("backends", error, "see the rows above")
+        return
+    for name, answer in facts["backends"].items():
+        if answer["reasons"]:
+            yield Row(f"backend {name}", "does not run here", "; ".join(answer["reasons"]))
+        else:
+            yield Row(f"backend {name}", "runs here, interpreted" if answer["interpreted"] else "runs here")
+
+
+def _native_rows(facts: dict[str, Any]) -> Iterator[Row]:
+    """The extension that makes known calls without Python (dualop/replay)."""
+    if error := _error(facts, "native"):
+        yield Row("native", error, "see the rows above")
+        return
+    native = facts["native"]
+    if not native["on"]:
+        yield Row("native", f"off: {native['why']}")
+    elif native["built"]:
+        yield Row("native", "built")
+    elif native["missing"]:
+        advice = f"calls work, and cost the host some ten microseconds more; {'; '.join(native['missing'])}"
+        yield Row("native", "cannot be built here", advice)
+    else:
+        yield Row("native", "not built yet; the first call has it built in the background")

@@ -1,0 +1,156 @@
+"""The inputs of the cross-check: shapes, forms of operands, layouts in memory, special values."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualop.language.stages import STAGES
+from dualop.language.syntax import Chain
+
+DEFAULT_CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
+# Several operands, one used twice, a number, the input itself. The default chain never reaches its clamp; these do.
+FORMS = (
+    "add(bias) | clamp(-1, 1) | mul(scale) | tanh | mul(2)",
+    'add | gelu(approximate="tanh") | hardtanh(-0.1, 0.5)',
+    "sigmoid | mul(x)",
+    "mish | add(x)",
+    "mul(scale) | add(bias) | leaky_relu(0.2) | mul(scale)",
+    "softplus(2, 10) | threshold(1, -3) | elu(0.5) | celu(2)",
+)
+
+# Kinks of the stages (and a value on each side), zeros of both signs, what overflows, what is no number. All of them
+# exist in every dtype.
+KINKS = (0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 0.75, 0.25, 20.0)
+LARGE = (100.0, -100.0, 1e4, -1e4, 2.0**-14, -(2.0**-14))
+SPECIAL = (*KINKS, *(torch.tensor(LARGE).bfloat16().double().tolist()), torch.inf, -torch.inf, torch.nan)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one call of a chain looks like, without its chain and dtype.
+
+    `operands` gives the forms of the operands in turn (see OPERAND_FORMS), `arrange` and `gradient` how x and gy lie
+    in memory (see `arranged`). `special` puts special values into every third element of x, and zeros among the
+    operands. `gpu` cases are too large for interpreted kernels. `mixed` gives the operands another dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    operands: tuple[str, ...] = ("last",)
+    arrange: str = "dense"
+    gradient: str = "dense"
+    special: bool = False
+    mixed: torch.dtype | None = None
+    gpu: bool = False
+
+    def has(self, dtype: str) -> bool:
+        """Whether the case is worth a call in `dtype`: mixing a dtype with itself is not."""
+        return self.mixed is None or DTYPES[dtype].itemsize < self.mixed.itemsize
+
+
+# For every stage: tails in both directions with special values, and whole vectors.
+STAGE_CASES = (Case("tails, special values", (13, 37), special=True), Case("whole vectors", (8, 128)))
+CASES = (
+    *STAGE_CASES,
+    Case("scalar operand", (9, 70), ("scalar",)),
+    Case("operand like x", (9, 70), ("full",)),
+    Case("operand a row", (33, 20), ("row", "last")),
+    Case("NCHW, channel", (2, 5, 4, 6), ("channel", "scalar")),
+    Case("channels_last, channel", (2, 5, 4, 6), ("channel", "full"), "channels_last"),
+    Case("operand without the middle", (4, 3, 10), ("outer",)),
+    Case("x broadcast", (1, 24), ("taller", "last")),
+    Case("sliced x", (6, 33), ("last",), "sliced", "sliced"),
+    Case("misaligned x", (6, 64), ("last",), "offset", "offset"),
+    Case("transposed x", (12, 20), ("last",), "transposed"),
+    Case("transposed gy", (12, 20), ("last",), gradient="transposed"),
+    Case("gy of a sum", (12, 20), ("last",), gradient="expanded"),
+    Case("one dimension", (1000,), ("last", "scalar")),
+    Case("no dimension", (), ("scalar",)),
+    Case("no rows", (0, 8)),
+    Case("no columns", (8, 0)),
+    Case("many rows", (1500, 12)),
+    Case("float32 operands", (16, 40), mixed=torch.float32),
+    Case("more rows than a grid", (70_000, 40), gpu=True),
+    Case("long rows", (3, 300_000), ("last", "row"), gpu=True),
+    Case("many columns and rows", (4099, 4099), gpu=True),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The tensors of one call. `gy` has the result's shape and dtype."""
+
+    x: Tensor
+    operands: tuple[Tensor, ...]
+    gy: Tensor
+    dtype: str
+    layout: str
+
+
+def checked_chains() -> list[tuple[str, tuple[Case, ...]]]:
+    """What `dualop check` goes over: the default chain in all cases, some forms of chains, every stage by itself."""
+    forms = [(text, (*STAGE_CASES, CASES[4], CASES[5])) for text in FORMS]
+    return [(DEFAULT_CHAIN, CASES), *forms, *((stage.example, STAGE_CASES) for stage in STAGES.values())]
+
+
+# The shape of an operand for x of a given shape.
+OPERAND_FORMS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    "last": lambda shape: shape[-1:],
+    "row": lambda shape: (*shape[:-1], 1),
+    "channel": lambda shape: (shape[1], *[1] * (len(shape) - 2)),
+    "outer": lambda shape: (shape[0], *[1] * (len(shape) - 2), shape[-1]),
+    "taller": lambda shape: (7, *shape[1:]),
+    "scalar": lambda shape: (),
+    "full": lambda shape: shape,
+}
+
+
+def arranged(values: Tensor, how: str) -> Tensor:
+    """The same values, laid out in memory as `how` says."""
+    shape, rank = values.shape, values.dim()
+    if how == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if how == "sliced":
+        return values.new_zeros(*shape[:-1], shape[-1] + 7)[..., 3:-4].copy_(values)
+    if how == "offset":
+        return values.new_zeros(values.numel() + 1)[1:].view(shape).copy_(values)
+    if how == "transposed":
+        return values.transpose(0, rank - 1).contiguous().transpose(0, rank - 1)
+    if how == "expanded":
+        return values.flatten()[0].expand(shape)
+    return values.contiguous()
+
+
+def sample(chain: Chain, case: Case, dtype: str, device: torch.device | str, seed: int) -> Sample:
+    """Fresh random tensors: the same for the same arguments, whatever else is checked."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {chain} {case.name} {dtype}".encode()))
+
+    def normal(shape: Sequence[int]) -> Tensor:
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+
+    # A few numbers must not all lie where the chain is flat: there is no S that says how small their gradients are.
+    x = (3.0 if math.prod(case.shape) > 32 else 0.5) * normal(case.shape)
+    if case.special:
+        flat = x.view(-1)
+        count = flat[::3].numel()
+        flat[::3] = torch.tensor(SPECIAL, dtype=torch.float64).repeat(count // len(SPECIAL) + 1)[:count]
+    operands = []
+    for i, _ in enumerate(chain.operands):
+        values = normal(OPERAND_FORMS[case.operands[i % len(case.operands)]](case.shape))
+        values = torch.where(values < 0, values - 0.25, values + 0.25)  # a divisor near zero drowns all else
+        if case.special and values.numel() > 1:
+            values.view(-1)[::2] = 0.0
+        operands.append(values.to(device, case.mixed or DTYPES[dtype]))
+    x = arranged(x.to(device, DTYPES[dtype]), case.arrange)
+    result = sum(operands, x)  # torch promotes and broadcasts
+    gy = arranged(normal(result.shape).to(result), case.gradient)
+    mixed = f", {str(case.mixed).removeprefix('torch.')} operands" if case.mixed else ""
+    return Sample(x, tuple(operands), gy, dtype, case.name + mixed)

@@ -1,0 +1,1 @@
+"""The torch operator: schema, the one autograd.Function, transforms, the short way. It names no backend."""

@@ -1,0 +1,69 @@
+"""What a call of the ops by their own names, `torch.ops.dualop.*`, has to be.
+
+`dualop.op.library.run` makes no other, but anybody can call an op. A kernel trusts what it is given: with a gy of
+another shape than the result's it would read memory that is not gy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from torch import Tensor
+
+from dualop.backends import registry
+from dualop.errors import DeviceError, OperandError, ShapeError
+from dualop.language import slopes, syntax
+from dualop.language.slopes import Slope
+from dualop.language.syntax import Chain
+from dualop.launch.layout import device_of
+
+
+def forward_chain(operands: Sequence[Tensor], text: str, backend: str) -> Chain:
+    """The chain that a `dualop::forward` runs. Raises ChainError, OperandError, BackendUnavailable."""
+    chain = syntax.parse(text)
+    _check(chain, operands, backend)
+    return chain
+
+
+def backward_chain(operands: Sequence[Tensor], text: str, backend: str, needs: Sequence[bool]) -> Chain | Slope:
+    """What a `dualop::backward` runs: a chain, or the slope of one. Raises as `forward_chain`."""
+    chain = slopes.parse(text)
+    _check(chain, operands, backend)
+    if len(needs) != 1 + len(operands):
+        raise OperandError(
+            f"`{chain}` has {1 + len(operands)} gradients, of x and each operand; needs says {len(needs)}"
+        )
+    return chain
+
+
+def check_gradient(gy: Tensor, x: Tensor, operands: Sequence[Tensor]) -> None:
+    """Raise ShapeError or DeviceError if gy is no gradient of a result of these tensors."""
+    check_shape(gy.shape, [t.shape for t in (x, *operands)])
+    if gy.device != (device := device_of(x, operands)):
+        raise DeviceError(f"gy has to be on the result's device {device}, not on {gy.device}")
+
+
+def check_shape(gy: Sequence[int], tensors: Sequence[Sequence[int]]) -> None:
+    """Raise ShapeError if the shape `gy` is not that of the result of tensors of these shapes.
+
+    Sizes that a tracer does not know yet are taken to be right.
+    """
+    shape = [_broadcast(sizes) for sizes in zip_longest(*map(reversed, tensors), fillvalue=1)][::-1]
+    if len(gy) != len(shape) or any(type(n) is int and m not in (n, None) for n, m in zip(gy, shape, strict=True)):
+        raise ShapeError(f"gy has to have the result's shape {tuple(shape)}, not {tuple(gy)}")
+
+
+def _broadcast(sizes: Sequence[int]) -> int | None:
+    """The size that these broadcast to, None if a tracer does not know it yet."""
+    wide = [n for n in sizes if type(n) is not int or n != 1]
+    if not wide:
+        return 1
+    return wide[0] if all(type(n) is int for n in wide) else None
+
+
+def _check(chain: Chain | Slope, operands: Sequence[Tensor], backend: str) -> None:
+    registry.requested(backend)
+    if len(operands) != len(chain.operands):
+        takes = ", ".join(("x", *chain.operands))
+        raise OperandError(f"`{chain}` takes ({takes}); {len(operands)} operands given")

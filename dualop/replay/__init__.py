@@ -1,0 +1,188 @@
+"""The short way in C++: known calls are made again without Python, but for one function.
+
+    calls = native.known.get((chain.text, "cuda"))      # None: Python's way
+    y = calls(x, (bias,))                               # a result; None: not seen yet; False: another way
+
+A call's first time goes Python's way and is recorded (dualop/replay/record.py): which memory it allocates, what its
+launchers are given. Each later call with tensors of the same layouts, dtypes, device and alignment is made again from
+the record: `replay` in module.cpp checks that nobody watches, allocates, fills in addresses and calls the launchers.
+
+The extension is compiled once for a Python and a torch, in the background of a process's first call; until it is there,
+and wherever it cannot be built, Python's way serves. DUALOP_NATIVE=0 switches it off.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.machinery
+import importlib.util
+import os
+import signal
+import subprocess
+import sysconfig
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from dualop import torch_private
+from dualop.build import build, locks
+from dualop.launch import tuned
+
+SOURCES = ("tensors.h", "triton.h", "call.h", "module.cpp")
+FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
+LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10")
+SECONDS = 120  # more than any compiler takes, so that a hanging one is given up
+
+# The Calls of a chain's text and the name of a backend, "auto" too.
+known: dict[tuple[str, str], Any] = {}
+# The lock of Python is what keeps the records from being changed while they are read.
+on = os.environ.get("DUALOP_NATIVE", "1") not in ("", "0") and not sysconfig.get_config_var("Py_GIL_DISABLED")
+why_not = "" if on else "DUALOP_NATIVE=0"  # the extension is not there
+
+_module: Any = None
+_begun = False
+_building = False  # a thread is at it
+
+
+class Extension(build.Build):
+    """The extension's library. Compiled without load_inline, beside whose builds of kernels it can run."""
+
+    def _made(self, work: Path) -> Path:
+        made, root = work / f"{self.name}.so", Path(torch.__file__).parent
+        compiler, source = build.cxx_command(), str(self.folder / "source.cpp")
+        headers = (f"-I{sysconfig.get_path('include')}", "-isystem", str(root / "include"))
+        command = [*compiler, *FLAGS, *headers, source, "-o", str(made), f"-L{root / 'lib'}", *LIBRARIES]
+        status, said = _run(command)
+        if status:
+            raise RuntimeError(said)
+        return made
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Exit status and output of a compiler that ends with this process, whose daemon thread nobody waits for."""
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process, owner = subprocess.Popen(command, **pipes, start_new_session=True), os.getpid()
+
+    def stop() -> None:
+        if os.getpid() == owner:  # a forked child has this function too
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
+    atexit.register(stop)
+    try:
+        out, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        stop()
+        raise
+    finally:
+        atexit.unregister(stop)
+    return process.returncode, out.decode(errors="replace")
+
+
+def extension() -> Extension:
+    """The extension for this Python and this torch."""
+    lines = [line for name in SOURCES for line in (Path(__file__).parent / name).read_text("utf-8").splitlines()]
+    own = [line for line in lines if line != "#pragma once" and '#include "' not in line]
+    about = f"// {sysconfig.get_config_var('SOABI')} {' '.join(FLAGS)}"
+    return Extension("native", "\n".join([about, *own, ""]), host=True)
+
+
+def missing() -> list[str]:
+    """What keeps this machine from compiling the extension, each with what to do about it."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return [*build.missing_tools(True), *([] if header.is_file() else [f"no {header}: install Python's headers"])]
+
+
+def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any]) -> Any:
+    """The Calls of a chain on the `backend` that `requested` chose, made if need be; None without the extension.
+
+    `apply` is that of the autograd.Function, which makes a node where a call wants one.
+    """
+    if not on or backend == "reference" or not torch_private.SHORT_WAY.works:
+        return None
+    if not _begun:
+        _begin()
+    if _module is None:
+        return None
+    found = known.get((chain, backend))
+    if found is None:
+        found = known[chain, backend] = _module.Calls((chain, backend), apply)
+    return known.setdefault((chain, requested), found)
+
+
+def triton_launcher() -> int:
+    """The address of `launch_triton` in triton.h."""
+    return _module.triton_launcher
+
+
+def forget() -> None:
+    """Have every call go Python's way once more: another launch may be chosen from now on."""
+    for found in list(known.values()):
+        found.forget()
+
+
+tuned.on_change(forget)
+
+
+def load() -> bool:
+    """Compile the extension now unless it is there; whether it is. `why_not` says why if not."""
+    global _begun
+    if on and _module is None:
+        _begun = True
+        _build()
+    return _module is not None
+
+
+def _begin() -> None:
+    """Load the extension, or have a thread build it, which the end of the process does not wait for."""
+    global _begun, _building
+    with locks.brief:
+        if _begun:
+            return
+        _begun = _building = True
+    try:
+        built = extension().try_load() is not None
+    except Exception:  # the build will meet it again, and say so
+        built = False
+    if built:
+        _build()
+    else:
+        threading.Thread(target=_build, name="dualop native build", daemon=True).start()
+
+
+def _build() -> None:
+    global _module, why_not, _building
+    try:
+        _module, why_not = _imported(extension().load()._name), ""
+    except Exception as error:  # whatever it is, Python's way serves
+        why_not = next(iter(str(error).splitlines()), type(error).__name__)
+    _building = False
+
+
+def _in_child() -> None:
+    """Forked while a thread was building: the child does not have that thread, and begins anew."""
+    global _begun, _building
+    if _building:
+        _begun = _building = False
+
+
+locks.in_child(_in_child)
+
+
+@lru_cache(maxsize=1)
+def _imported(path: str) -> Any:
+    """The module, told what it has to know of torch."""
+    loader = importlib.machinery.ExtensionFileLoader("dualop_native", path)
+    spec = importlib.util.spec_from_loader("dualop_native", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    plain, watchers = sorted(torch_private.PLAIN_KEYS), (torch_private.profiling, vars(forward_ad))
+    module.setup(torch.empty(0), torch.Tensor, torch.nn.Parameter, plain, *watchers)  # type: ignore[attr-defined]
+    return module

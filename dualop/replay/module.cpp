@@ -1,0 +1,255 @@
+// The Python module: `setup`, and the type Calls, the calls of one chain on one backend that are known.
+//
+//     calls(x, operands)                    the result, with a node of the autograd.Function if anything requires a gradient
+//     calls.backward(needs, gy, *tensors)   what the Function's backward returns
+//
+// Both return None for a call that has not been seen yet, which Python may record and `learn`, and False for one that
+// goes another way: something watches it, its tensors are not plain, or it was learned that it has no launches.
+#include "call.h"
+
+namespace dualop {
+
+struct CallsObject {
+    PyObject_HEAD
+    vectorcallfunc call;
+    PyObject* arguments;  // of the autograd.Function
+    PyObject* apply;      // that Function's
+    Calls* calls;
+};
+
+constexpr int64_t FORWARD = 0;
+
+// FORWARD for None, or the bits of a tuple of bools behind a 1.
+int64_t lead_of(PyObject* needs) {
+    if (!PyTuple_Check(needs)) return FORWARD;
+    int64_t lead = 1;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(needs); i++) lead = lead << 1 | (PyTuple_GET_ITEM(needs, i) == Py_True);
+    return lead;
+}
+
+constexpr size_t MOST = 4096;  // calls of a chain; sizes may vary without end
+
+// The current stream's handle as a number; 0 on the CPU.
+int64_t stream_of(c10::Device device) {
+    if (device.is_cpu()) return 0;
+    const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+    return reinterpret_cast<int64_t>(stream.native_handle());
+}
+
+bool is_current(c10::Device device) {
+    return device.is_cpu() || c10::impl::VirtualGuardImpl(device.type()).getDevice() == device;
+}
+
+// The only result of forward, or the tuple that the Function's backward returns.
+PyObject* wrapped(const std::vector<int>& results, bool forward, Tensors& made) {
+    if (forward) return THPVariable_Wrap(std::move(made[results[0]]));
+    PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(results.size()));
+    for (size_t i = 0; tuple && i < results.size(); i++) {
+        PyObject* one = results[i] < 0 ? Py_NewRef(Py_None) : THPVariable_Wrap(std::move(made[results[i]]));
+        if (!one) Py_CLEAR(tuple);
+        else PyTuple_SET_ITEM(tuple, static_cast<Py_ssize_t>(i), one);
+    }
+    return tuple;
+}
+
+// What the call gives, None or False; nullptr with Python's error. `lead` is FORWARD or says which gradients.
+PyObject* replay(CallsObject* self, int64_t lead, PyObject* const* objects, Py_ssize_t count) {
+    const bool forward = lead == FORWARD;
+    if (count < 1 || watched()) Py_RETURN_FALSE;
+    Key key;
+    if (!describe(lead, objects, count, key)) Py_RETURN_FALSE;
+    const auto known = self->calls->find(key);
+    if (known == self->calls->end()) Py_RETURN_NONE;
+    const std::shared_ptr<const Call> call = known->second;  // others may forget it while this one runs
+    if (call->launches.empty()) Py_RETURN_FALSE;
+    if (forward && c10::GradMode::is_enabled()) {
+        for (Py_ssize_t i = 0; i < count; i++) {
+            if (!tensor_in(objects[i]).requires_grad()) continue;
+            c10::SmallVector<PyObject*, 16> arguments = {reinterpret_cast<PyObject*>(self), self->arguments};
+            arguments.append(objects, objects + count);
+            return PyObject_Vectorcall(self->apply, arguments.data(), arguments.size(), nullptr);
+        }
+    }
+    const c10::Device device = tensor_in(objects[0]).device();
+    if (!is_current(device) || !call->allowed()) Py_RETURN_FALSE;
+    const int64_t stream = stream_of(device);
+    Tensors made;
+    if (!call->run(objects, count, stream, made)) Py_RETURN_FALSE;
+    return wrapped(call->results, forward, made);
+}
+
+// A C++ exception must not pass through Python.
+template <class F> PyObject* guarded(F body) {
+    try {
+        return body();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+}
+
+PyObject* forward(PyObject* object, PyObject* const* arguments, size_t flagged, PyObject*) {
+    return guarded([&]() -> PyObject* {
+        if (PyVectorcall_NARGS(flagged) != 2 || !PyTuple_CheckExact(arguments[1])) Py_RETURN_FALSE;
+        c10::SmallVector<PyObject*, 16> tensors = {arguments[0]};
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[1]); i++) {
+            tensors.push_back(PyTuple_GET_ITEM(arguments[1], i));
+        }
+        return replay(reinterpret_cast<CallsObject*>(object), FORWARD, tensors.data(), tensors.size());
+    });
+}
+
+PyObject* backward(PyObject* object, PyObject* const* arguments, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        if (count < 2 || !PyTuple_Check(arguments[0])) return PyErr_Format(PyExc_TypeError, "needs, gy, *tensors");
+        if (c10::GradMode::is_enabled()) Py_RETURN_FALSE;
+        return replay(reinterpret_cast<CallsObject*>(object), lead_of(arguments[0]), arguments + 1, count - 1);
+    });
+}
+
+bool append_numbers(PyObject* sequence, auto& numbers) {
+    PyObject* fast = PySequence_Fast(sequence, "a sequence of numbers");
+    if (!fast) return false;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast); i++) {
+        const long long number = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(fast, i));
+        if (number == -1 && PyErr_Occurred()) break;
+        numbers.push_back(number);
+    }
+    Py_DECREF(fast);
+    return !PyErr_Occurred();
+}
+
+bool append_launches(PyObject* list, std::vector<Launch>& launches) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(list); i++) {
+        unsigned long long function;
+        PyObject *words, *slots, *sources;
+        Launch launch;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(list, i), "KOOOiO", &function, &words, &slots, &sources, &launch.stream,
+                              &launch.allowed) ||
+            !append_numbers(words, launch.words) || !append_numbers(slots, launch.slots) ||
+            !append_numbers(sources, launch.sources)) {
+            return false;
+        }
+        launch.function = reinterpret_cast<int (*)(const void*)>(function);
+        Py_INCREF(launch.allowed);
+        launches.push_back(std::move(launch));
+    }
+    return true;
+}
+
+// learn(needs, tensors, buffers, launches, results): a call with these tensors and needs (None: forward) is made so.
+PyObject* learn(PyObject* object, PyObject* arguments) {
+    return guarded([&]() -> PyObject* {
+        PyObject *needs, *tensors, *buffers, *launches, *results;
+        if (!PyArg_ParseTuple(arguments, "OO!O!O!O!", &needs, &PyTuple_Type, &tensors, &PyTuple_Type, &buffers,
+                              &PyTuple_Type, &launches, &PyTuple_Type, &results)) {
+            return nullptr;
+        }
+        Key key;
+        if (!describe(lead_of(needs), &PyTuple_GET_ITEM(tensors, 0), PyTuple_GET_SIZE(tensors), key)) Py_RETURN_NONE;
+        auto call = std::make_shared<Call>();
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(buffers); i++) {
+            if (!is_plain(PyTuple_GET_ITEM(buffers, i))) return PyErr_Format(PyExc_TypeError, "a buffer is no tensor");
+            call->buffers.emplace_back(tensor_in(PyTuple_GET_ITEM(buffers, i)));
+        }
+        if (!append_launches(launches, call->launches) || !append_numbers(results, call->results)) return nullptr;
+        for (int result : call->results) {
+            if (result >= static_cast<int>(call->buffers.size())) return PyErr_Format(PyExc_IndexError, "no such buffer");
+        }
+        auto* self = reinterpret_cast<CallsObject*>(object);
+        if (self->calls->size() >= MOST) self->calls->clear();
+        (*self->calls)[key] = std::move(call);
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* forget(PyObject* object, PyObject*) {
+    reinterpret_cast<CallsObject*>(object)->calls->clear();
+    Py_RETURN_NONE;
+}
+
+PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
+    PyObject *given, *apply;
+    if (!PyArg_ParseTuple(arguments, "OO", &given, &apply)) return nullptr;
+    auto* self = reinterpret_cast<CallsObject*>(type->tp_alloc(type, 0));
+    if (!self) return nullptr;
+    self->call = forward;
+    self->arguments = Py_NewRef(given);
+    self->apply = Py_NewRef(apply);
+    self->calls = new Calls;
+    return reinterpret_cast<PyObject*>(self);
+}
+
+void destroy(PyObject* object) {
+    auto* self = reinterpret_cast<CallsObject*>(object);
+    delete self->calls;
+    Py_DECREF(self->arguments);
+    Py_DECREF(self->apply);
+    Py_TYPE(object)->tp_free(object);
+}
+
+Py_ssize_t size(PyObject* object) { return static_cast<Py_ssize_t>(reinterpret_cast<CallsObject*>(object)->calls->size()); }
+
+PyMethodDef methods[] = {
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(backward)), METH_FASTCALL, nullptr},
+    {"learn", learn, METH_VARARGS, nullptr},
+    {"forget", forget, METH_NOARGS, nullptr},
+    {},
+};
+
+PyTypeObject calls_type() {
+    static PySequenceMethods sequence = {};
+    sequence.sq_length = size;
+    PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+    type.tp_name = "dualop_native.Calls";
+    type.tp_basicsize = sizeof(CallsObject);
+    type.tp_vectorcall_offset = offsetof(CallsObject, call);
+    type.tp_call = PyVectorcall_Call;
+    type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
+    type.tp_methods = methods;
+    type.tp_as_sequence = &sequence;
+    type.tp_new = make;
+    type.tp_dealloc = destroy;
+    return type;
+}
+PyTypeObject type = calls_type();
+
+// setup(tensor, tensor_class, parameter_class, plain_keys, profiling, levels); ImportError where
+// torch keeps its tensors otherwise than PythonTensor says.
+PyObject* setup(PyObject*, PyObject* arguments) {
+    PyObject *tensor, *keys;
+    Python p = {};
+    if (!PyArg_ParseTuple(arguments, "OOOOOO!", &tensor, &p.tensor_class, &p.parameter_class, &keys, &p.profiling,
+                          &PyDict_Type, &p.levels)) {
+        return nullptr;
+    }
+    PyObject* address = PyObject_GetAttrString(tensor, "_cdata");
+    if (!address) return nullptr;
+    const bool as_expected = PyLong_AsVoidPtr(address) == reinterpret_cast<PythonTensor*>(tensor)->tensor;
+    Py_DECREF(address);
+    if (!as_expected) return PyErr_Format(PyExc_ImportError, "this torch keeps a tensor at another place");
+    p.level = PyUnicode_InternFromString("_current_level");
+    if (!append_numbers(keys, p.plain_keys)) return nullptr;
+    for (PyObject* kept : {p.tensor_class, p.parameter_class, p.profiling, p.levels}) {
+        Py_INCREF(kept);
+    }
+    python = std::move(p);
+    Py_RETURN_NONE;
+}
+
+PyMethodDef functions[] = {{"setup", setup, METH_VARARGS, nullptr}, {}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "dualop_native", nullptr, -1, functions};
+
+}  // namespace dualop
+
+PyMODINIT_FUNC PyInit_dualop_native() {
+    if (PyType_Ready(&dualop::type) < 0) return nullptr;
+    PyObject* module = PyModule_Create(&dualop::definition);
+    if (module && PyModule_AddObjectRef(module, "Calls", reinterpret_cast<PyObject*>(&dualop::type)) < 0) {
+        Py_CLEAR(module);
+    }
+    PyObject* launcher = PyLong_FromVoidPtr(reinterpret_cast<void*>(dualop::launch_triton));
+    if (module && PyModule_AddObjectRef(module, "triton_launcher", launcher) < 0) Py_CLEAR(module);
+    Py_XDECREF(launcher);
+    return module;
+}
