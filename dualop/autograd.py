@@ -25,7 +25,7 @@ from dualop.autograd_kernel import below_function, differentiably, forward_mode,
 from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.calls import backward_chain, check_gradient, check_shape, forward_chain
 from dualop.chains import Chain
-from dualop.layout import checked, device_of, validate
+from dualop.layout import check_shapes, checked, device_of, validate
 from dualop.native import known
 from dualop.slopes import parse, slope
 from dualop.torch_private import FUNCTION, transforms_active
@@ -83,7 +83,7 @@ def _backward(
 
 
 def _forward_fake(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
-    forward_chain(operands, chain, backend)
+    check_shapes((x, *operands), forward_chain(operands, chain, backend).operands)
     return _result_fake(x, operands)
 
 

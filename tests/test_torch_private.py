@@ -15,7 +15,7 @@ import torch
 from dualop import torch_private, versions
 
 ROOT = Path(__file__).parents[1]
-AT_IMPORT = (torch_private.FUNCTION, torch_private.SHORT_WAY, torch_private.DYNAMO)
+AT_IMPORT = tuple(p for p in torch_private.PURPOSES if p is not torch_private.DTENSOR)
 NAMES = sorted({name.path for purpose in AT_IMPORT for name in purpose.names})
 # Names that are still there and behave otherwise.
 OTHERWISE = {

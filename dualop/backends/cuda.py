@@ -25,7 +25,7 @@ from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multipro
 from dualop.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
 from dualop.native.record import Word, launched, number
 from dualop.ranges import Step, curved, steps
-from dualop.slopes import Slope
+from dualop.slopes import Slope, is_slope
 from dualop.sources import cuda_header
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
@@ -59,11 +59,11 @@ def source(chain: Chain | Slope, signature: Signature, host: bool, cuts: Cuts | 
     """
     dtype, inputs, narrow = signature
     index = "int" if narrow else "long long"
-    sloped = isinstance(chain, Slope)
+    sloped = is_slope(chain)
     form, header, exported = (
         ("Slope", "second.cuh", "DUALOP_SLOPE_LIBRARY") if sloped else ("Chain", "library.cuh", "DUALOP_LIBRARY")
     )
-    bent = curved(chain) if isinstance(chain, Slope) else frozenset[str]()
+    bent = curved(chain) if is_slope(chain) else frozenset[str]()
     stages = ",\n    ".join(_stage(step, step.function in bent) for step in steps(chain))
     kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
     compiled = ", ".join(f"Cut<{c.rows}, {c.resident}>" for c in cuts or _untuned(chain, dtype, len(inputs)))
@@ -108,7 +108,7 @@ def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.
 def _untuned(chain: Chain | Slope, dtype: torch.dtype, inputs: int) -> Cuts:
     forward, backward = FORWARD[dtype], BACKWARD[dtype]
     # Long chains, many inputs and slopes need more registers than `resident` leaves: they would spill.
-    if len(steps(chain)) + inputs < 8 and not isinstance(chain, Slope):
+    if len(steps(chain)) + inputs < 8 and not is_slope(chain):
         return forward, backward
     return replace(forward, resident=1), replace(backward, resident=1)
 
@@ -177,7 +177,7 @@ class Plan:
 def _plan(chain: Chain | Slope, view: Layout, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Plan:
     cuts = _cuts(chain, view, device)
     library = _build(chain, _signature(view, dtypes), device, cuts).load()
-    for launcher in [library.dualop_backward] + ([] if isinstance(chain, Slope) else [library.dualop_forward]):
+    for launcher in [library.dualop_backward] + ([] if is_slope(chain) else [library.dualop_forward]):
         launcher.argtypes, launcher.restype = [ctypes.c_char_p], ctypes.c_int
     library.dualop_error_text.argtypes, library.dualop_error_text.restype = [ctypes.c_int], ctypes.c_char_p
     return Plan(library, view, cuts, 16 // view.dtype.itemsize)

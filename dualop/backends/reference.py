@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dualop.chains import Chain
 from dualop.layout import layout
-from dualop.slopes import Slope, slope_gradients
+from dualop.slopes import Slope, is_slope, slope_gradients
 
 
 def evaluate(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
@@ -50,7 +50,7 @@ def reference_gradients(
     """
     tensors = (x, *operands)
     wide = torch.float64 if gy.dtype == torch.float64 else torch.float32
-    if isinstance(chain, Slope):
+    if is_slope(chain):
         found = slope_gradients(chain, gy.to(wide), x.to(wide), operands[0].to(wide), needs)
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
         return [g.sum_to_size(t.shape).to(t.dtype) for g, t in zip(found, wanted, strict=True)]

@@ -25,7 +25,7 @@ from dualop.launch import Cut, Grid, Tall, backward_grid, forward_grid, multipro
 from dualop.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
 from dualop.native.triton import launched
 from dualop.ranges import curved, steps
-from dualop.slopes import Slope
+from dualop.slopes import Slope, is_slope
 
 # As in the CUDA backend, but for the compiler's own choice of registers.
 FORWARD = {
@@ -55,7 +55,7 @@ def source(chain: Chain | Slope, kinds: Sequence[int]) -> str:
         from dualop.triton_kernels import generate, slope
 
     title, stages = str(chain).replace('"', "'"), steps(chain)
-    if isinstance(chain, Slope):
+    if is_slope(chain):
         return slope.generate(title, stages, curved(chain), kinds)
     return generate.generate(title, stages, kinds)
 
@@ -182,7 +182,7 @@ tuned.on_change(_launch.cache_clear)
 def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
     """How a kernel is cut where nobody searched for this call (dualop/launch.py)."""
     reduced = direction == "backward" and any(v.reduced for v in view.views)
-    cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
+    cut = (BACKWARD if reduced else SLOPE if is_slope(chain) else FORWARD)[view.dtype]
     return TALL[view.dtype].fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
 
 
