@@ -281,7 +281,7 @@ def test_errors() -> None:
         LinearChain(INS, OUTS, "ad")
     with pytest.raises(OperandError, match="missing scale"):
         ChainLayer("add(bias) | mul(scale)", (3,))
-    with pytest.raises(OperandError, match="not taken or given twice: sclae"):
+    with pytest.raises(OperandError, match="unknown sclae"):
         LinearChain(INS, OUTS, "mul(scale)", sclae=())
     with pytest.raises(OperandError, match="2 operands given"):
         LinearChain(INS, OUTS, "add", (OUTS,), (OUTS,))

@@ -22,7 +22,7 @@ from dualop.build import build, pool
 from dualop.build.sources import cuda_header
 from dualop.errors import BackendUnavailable
 from dualop.language.program import Step, curved, steps
-from dualop.language.slopes import Slope
+from dualop.language.slopes import Slope, is_slope
 from dualop.language.syntax import Chain
 from dualop.launch import tuned
 from dualop.launch.grid import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
@@ -60,11 +60,11 @@ def source(chain: Chain | Slope, signature: Signature, host: bool, cuts: Cuts | 
     """
     dtype, inputs, narrow = signature
     index = "int" if narrow else "long long"
-    sloped = isinstance(chain, Slope)
+    sloped = is_slope(chain)
     form, header, exported = (
         ("Slope", "second.cuh", "DUALOP_SLOPE_LIBRARY") if sloped else ("Chain", "library.cuh", "DUALOP_LIBRARY")
     )
-    bent = curved(chain) if isinstance(chain, Slope) else frozenset[str]()
+    bent = curved(chain) if is_slope(chain) else frozenset[str]()
     stages = ",\n    ".join(_stage(step, step.function in bent) for step in steps(chain))
     kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
     compiled = ", ".join(f"Cut<{c.rows}, {c.resident}>" for c in cuts or _untuned(chain, dtype, len(inputs)))
@@ -109,7 +109,7 @@ def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.
 def _untuned(chain: Chain | Slope, dtype: torch.dtype, inputs: int) -> Cuts:
     forward, backward = FORWARD[dtype], BACKWARD[dtype]
     # Long chains, many inputs and slopes need more registers than `resident` leaves: they would spill.
-    if len(steps(chain)) + inputs < 8 and not isinstance(chain, Slope):
+    if len(steps(chain)) + inputs < 8 and not is_slope(chain):
         return forward, backward
     return replace(forward, resident=1), replace(backward, resident=1)
 
@@ -178,7 +178,7 @@ class Plan:
 def _plan(chain: Chain | Slope, view: Layout, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Plan:
     cuts = _cuts(chain, view, device)
     library = _build(chain, _signature(view, dtypes), device, cuts).load()
-    for launcher in [library.dualop_backward] + ([] if isinstance(chain, Slope) else [library.dualop_forward]):
+    for launcher in [library.dualop_backward] + ([] if is_slope(chain) else [library.dualop_forward]):
         launcher.argtypes, launcher.restype = [ctypes.c_char_p], ctypes.c_int
     library.dualop_error_text.argtypes, library.dualop_error_text.restype = [ctypes.c_int], ctypes.c_char_p
     return Plan(library, view, cuts, 16 // view.dtype.itemsize)

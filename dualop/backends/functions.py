@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dualop.build.sources import folder
 from dualop.language.program import curved, steps
-from dualop.language.slopes import Slope
+from dualop.language.slopes import Slope, is_slope
 from dualop.language.syntax import Chain
 
 
@@ -44,7 +44,7 @@ def lacking(language: str, chain: Chain | Slope) -> tuple[str, ...]:
     """What keeps a language from having a kernel of the chain: each missing function, with the file it belongs into."""
     one = LANGUAGES[language]
     needed = [(one.stages, step.function + part, functions(language)) for step in steps(chain) for part in one.parts]
-    if isinstance(chain, Slope):
+    if is_slope(chain):
         needed += [(one.second, name, functions(language, second=True)) for name in sorted(curved(chain))]
     found = [f"{one.folder}/{file} has no function {name}" for file, name, there in needed if name not in there]
     return tuple(dict.fromkeys(found))

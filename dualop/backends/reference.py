@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dualop.language.slopes import Slope, slope_gradients
+from dualop.language.slopes import Slope, is_slope, slope_gradients
 from dualop.language.syntax import Chain
 from dualop.launch.layout import layout
 
@@ -50,7 +50,7 @@ def reference_gradients(
     """
     tensors = (x, *operands)
     wide = torch.float64 if gy.dtype == torch.float64 else torch.float32
-    if isinstance(chain, Slope):
+    if is_slope(chain):
         found = slope_gradients(chain, gy.to(wide), x.to(wide), operands[0].to(wide), needs)
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
         return [g.sum_to_size(t.shape).to(t.dtype) for g, t in zip(found, wanted, strict=True)]

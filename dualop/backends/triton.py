@@ -21,7 +21,7 @@ from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
 from dualop.build import locks
 from dualop.build.generated import imported
 from dualop.language.program import curved, steps
-from dualop.language.slopes import Slope
+from dualop.language.slopes import Slope, is_slope
 from dualop.language.syntax import Chain
 from dualop.launch import tuned
 from dualop.launch.grid import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
@@ -56,7 +56,7 @@ def source(chain: Chain | Slope, kinds: Sequence[int]) -> str:
         from dualop.triton_kernels import generate, slope
 
     title, stages = str(chain).replace('"', "'"), steps(chain)
-    if isinstance(chain, Slope):
+    if is_slope(chain):
         return slope.generate(title, stages, curved(chain), kinds)
     return generate.generate(title, stages, kinds)
 
@@ -183,7 +183,7 @@ tuned.on_change(_launch.cache_clear)
 def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
     """How a kernel is cut where nobody searched for this call (dualop/launch/grid.py)."""
     reduced = direction == "backward" and any(v.reduced for v in view.views)
-    cut = (BACKWARD if reduced else SLOPE if isinstance(chain, Slope) else FORWARD)[view.dtype]
+    cut = (BACKWARD if reduced else SLOPE if is_slope(chain) else FORWARD)[view.dtype]
     return TALL[view.dtype].fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
 
 

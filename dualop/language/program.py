@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from dualop.language.slopes import Slope
+from dualop.language.slopes import Slope, is_slope
 from dualop.language.stages import Call, Stage
 from dualop.language.syntax import Chain
 
@@ -66,8 +66,8 @@ def curved(sloped: Slope) -> frozenset[str]:
 @lru_cache(maxsize=4096)
 def _lowered(chain: Chain | Slope) -> tuple[tuple[Step, Stage], ...]:
     """Each kernel function of the chain, with the stage that it is, or ends with."""
-    sloped = isinstance(chain, Slope)
-    of, interval = chain.of if isinstance(chain, Slope) else chain, EVERYTHING
+    sloped = is_slope(chain)
+    of, interval = chain.of, EVERYTHING
     found: list[tuple[Step, Stage]] = []
     for i, call in enumerate(of.calls):
         if not _without_effect(call, interval):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from dualop.errors import ChainError
 from dualop.language import syntax
 from dualop.language.stages import Call
 from dualop.language.syntax import Chain
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 MARK = "slope of "  # in front of a chain's text; no chain's text begins so
 
@@ -33,6 +36,7 @@ class Slope:
     """
 
     of: Chain
+    order: ClassVar[int] = 2
     operands: ClassVar[tuple[str, ...]] = ("gy",)
 
     def __post_init__(self) -> None:
@@ -47,6 +51,11 @@ class Slope:
         return self.text
 
 
+def is_slope(chain: Chain | Slope) -> TypeIs[Slope]:
+    """Return True for a slope. Not by its class, which is another one once this module was reloaded."""
+    return chain.order == 2
+
+
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Chain | Slope:
     """What the text of a `dualop::backward` names: a chain, or the slope of one. The same text, the same object."""
@@ -57,7 +66,7 @@ def parse(text: str) -> Chain | Slope:
 def slope(text: str) -> str | None:
     """The text of the slope of a chain, None if it has none."""
     chain = parse(text)
-    return MARK + chain.text if isinstance(chain, Chain) and _has_slope(chain) else None
+    return None if is_slope(chain) or not _has_slope(chain) else MARK + chain.text
 
 
 def _has_slope(chain: Chain) -> bool:

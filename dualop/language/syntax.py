@@ -30,6 +30,7 @@ class Chain:
     calls: tuple[Call, ...] = ()
     operands: tuple[str, ...] = ()
     text: str = ""
+    order = 1  # of the derivative that its backward gives; that of a slope (dualop/slopes.py) gives the second
 
     def __init__(self, calls: tuple[Call, ...]) -> None:
         if not calls:
@@ -45,6 +46,11 @@ class Chain:
             object.__setattr__(self, name, value)
         if len(self.operands) > MAX_OPERANDS:
             raise ChainError(f"a chain takes at most {MAX_OPERANDS} operands, this one has {len(self.operands)}")
+
+    @property
+    def of(self) -> Chain:
+        """The chain itself, as a slope's `of` is the chain that it is the slope of."""
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a chain cannot be changed; make a new one ({name})")

@@ -189,12 +189,8 @@ def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
             raise LayoutError(f"{name} is a nested tensor; pass {advice}")
         if tensor.layout is not torch.strided:
             raise LayoutError(f"{name} is {str(tensor.layout).removeprefix('torch.')}; pass {name}.to_dense()")
-    tensors = (x, *operands)
-    # Symbolic sizes may be unknown, and then not be compared: the ops' fake kernels have torch broadcast them.
-    known = not torch.compiler.is_compiling() and all(type(n) is int for t in tensors for n in t.shape)
-    if known and not _broadcast(*[t.shape for t in tensors]):
-        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(("x", *names), tensors, strict=True))
-        raise ShapeError(f"shapes do not broadcast together: {shapes}")
+    if not torch.compiler.is_compiling():  # Dynamo may not compare sizes that it does not know; the fake kernels may
+        check_shapes((x, *operands), names)
     device_of(x, operands)
 
 
@@ -217,8 +213,15 @@ CHECKED = 4096
 _checked: dict[tuple[Any, ...], torch.device] = {}
 
 
+def check_shapes(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise ShapeError if (x, *operands) do not broadcast together. Symbolic sizes are left to torch's own check."""
+    if not _broadcast(tuple([tuple([n if type(n) is int else 1 for n in t.shape]) for t in tensors])):
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(("x", *names), tensors, strict=True))
+        raise ShapeError(f"shapes do not broadcast together: {shapes}")
+
+
 @lru_cache(maxsize=4096)
-def _broadcast(*shapes: Sequence[int]) -> bool:
+def _broadcast(shapes: tuple[tuple[int, ...], ...]) -> bool:
     """Return True if the shapes broadcast together."""
     try:
         torch.broadcast_shapes(*shapes)

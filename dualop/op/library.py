@@ -25,7 +25,7 @@ from dualop.backends import registry
 from dualop.backends.reference import reference_gradients, result_dtype
 from dualop.language.slopes import parse, slope
 from dualop.language.syntax import Chain
-from dualop.launch.layout import checked, device_of, validate
+from dualop.launch.layout import check_shapes, checked, device_of, validate
 from dualop.op import autograd_kernel, definition, dtensor, eager
 from dualop.op.autograd_kernel import below_function, differentiably, forward_mode, have_tangents
 from dualop.op.calls import backward_chain, check_gradient, check_shape, forward_chain
@@ -85,7 +85,7 @@ def _backward(
 
 
 def _forward_fake(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) -> Tensor:
-    forward_chain(operands, chain, backend)
+    check_shapes((x, *operands), forward_chain(operands, chain, backend).operands)
     return _result_fake(x, operands)
 
 
