@@ -401,8 +401,8 @@ def test_a_bias_that_comes_and_goes() -> None:
 
 def test_what_a_linear_refuses_is_refused() -> None:
     for change in (
-        lambda linear: setattr(gemm, "bias", nn.Parameter(torch.randn(7, SIZE))),
-        lambda linear: setattr(gemm, "bias", nn.Parameter(torch.randn(SIZE, dtype=torch.float64))),
+        lambda linear: setattr(linear, "bias", nn.Parameter(torch.randn(7, SIZE))),
+        lambda linear: setattr(linear, "bias", nn.Parameter(torch.randn(SIZE, dtype=torch.float64))),
     ):
         ours, theirs = pair(True, torch.float32)
         for model in (ours, theirs):
