@@ -18,7 +18,8 @@ import torch
 from conftest import ROOT
 
 import dualop
-from dualop.build.build import Build, build, cache, generated
+from dualop.build import build, cache, generated
+from dualop.build.build import Build
 from dualop.errors import BackendUnavailable, BuildError
 from dualop.machine import doctor
 
