@@ -19,12 +19,15 @@ TRITON36 := .venv-triton36
 # `make test-torch TORCH=VERSION` runs these in a venv of their own: all that depends on torch and not on the kernels.
 VERSIONED      := .venv-torch-$(TORCH)
 VERSIONED_KEY  := $(VERSIONED)/.installed-$(KEY)
-ROWS_OF_TORCH  := $(addprefix tests/test_,autograd.py calls.py capabilities.py direct.py distributed.py native.py nn.py \
-                    opinfo.py registration.py second.py strides.py torch_private.py wrapped.py)
+ROWS_OF_TORCH  := tests/torch_contract $(addprefix tests/test_,autograd.py calls.py direct.py distributed.py native.py \
+                    nn.py opinfo.py registration.py second.py strides.py torch_private.py wrapped.py)
+
+# `make contract-table TORCH=VERSION` writes this page from a run of every row of the contract on every backend.
+CONTRACT_TABLE := docs/torch_contract/torch-$(basename $(TORCH)).md
 
 export DUALOP_CACHE_DIR ?= $(CURDIR)/.cache/dualop
 
-.PHONY: test test-torch test-gpu bench lint venv clean
+.PHONY: test quick test-torch contract-table test-gpu bench lint venv clean
 .DEFAULT_GOAL := test
 
 test: lint $(TRITON36)/.installed
@@ -32,6 +35,9 @@ test: lint $(TRITON36)/.installed
 
 test-torch: $(VERSIONED_KEY)
 	DUALOP_INTERPRET=1 $(VERSIONED)/bin/python -m pytest $(PYTEST) -m "not gpu" $(ROWS_OF_TORCH)
+
+contract-table: $(VERSIONED_KEY)
+	DUALOP_INTERPRET=1 $(VERSIONED)/bin/python -m pytest $(PYTEST) tests/torch_contract --table $(CONTRACT_TABLE)
 
 # For a machine with a GPU where nothing can be installed: the python3 that is there, no venv.
 test-gpu:

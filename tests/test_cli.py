@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from dualop import cli
 from dualop.backends.reference import Reference
 from dualop.backends.registry import BACKENDS
-from dualop.cli.app import Commands, Lazy
 from dualop.language.stages import STAGES
 from dualop.numerics import cases
 from dualop.numerics.truth import CANCELLING
@@ -80,19 +79,6 @@ def test_help_is_quick_and_does_not_import_torch(command):
 
 def test_the_defaults_agree():
     assert cli.DEFAULT_CHAIN == cases.DEFAULT_CHAIN
-
-
-def test_a_lazy_command_is_imported_when_it_runs(tmp_path, monkeypatch):
-    (tmp_path / "lazily.py").write_text("def lazily(times: int = 2):\n    '''Long.'''\n    print(times * 'deed ')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(Commands.lazy, "lazily", Lazy("lazily", "lazily:lazily", "What it does, in short."))
-    listed = run("--help").output
-    assert "lazily" in listed and "What it does, in short." in listed and "lazily" not in sys.modules
-    assert "--times" in run("lazily", "--help").output
-    result = run("lazily", "--times", "3")
-    assert result.exit_code == 0 and "deed deed deed" in result.output
-    assert run("lazily", "--time", "3", "x").exit_code == 2
-    del sys.modules["lazily"]
 
 
 def test_as_a_module_it_lists_every_stage():

@@ -1,77 +1,28 @@
-"""DTensor, DDP and FSDP2. The rows of two processes are those of `dualop capabilities`; they start once for all tests.
+"""DTensor in one process, on a mesh of four ranks that do not exist, and the example on two.
 
-Placements are tested in one process, on a mesh of four ranks that do not exist.
+What two processes compute with DTensor, DDP and FSDP2 are rows of the contract: tests/torch_contract/processes.py.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import HAS_GPU, INTERPRETED, ROOT
+from conftest import ROOT
 
 import dualop
-from dualop import capabilities
-from dualop.backends import registry
-from dualop.build import locks
-from dualop.capabilities import processes
-from dualop.capabilities.case import Case
 from dualop.op import dtensor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
 ]
-GPUS = pytest.mark.gpu if HAS_GPU and not INTERPRETED else ()
-ROWS = [c for c in capabilities.CAPABILITIES if c.group == "distributed"]
-
-
-@pytest.fixture
-def started_once(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The two processes start once for all workers of xdist: the first that wants them writes down what they found."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    file, results = tmp_path_factory.getbasetemp().parent / "two_processes.json", processes.results
-
-    def shared(backends: tuple[str, ...], device_type: str) -> dict[tuple[str, str], tuple[str, float]]:
-        with locks.file(file.with_suffix(".lock")):
-            if not file.exists():
-                found = [[*key, *value] for key, value in results(backends, device_type).items()]
-                file.write_text(json.dumps(found))
-            return {(row, backend): (text, s) for row, backend, text, s in json.loads(file.read_text())}
-
-    monkeypatch.setattr(processes, "results", shared)
-
-
-@pytest.mark.parametrize("backend", [pytest.param(b, marks=GPUS) for b in registry.BACKENDS])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_two_processes(row: capabilities.Capability, backend: str, device: torch.device, started_once: None) -> None:
-    if device.type == "cuda" and torch.cuda.device_count() < processes.WORLD:
-        pytest.skip(f"needs {processes.WORLD} CUDA GPUs")
-    row.try_on(backend, device)
-
-
-def test_processes_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "SECONDS", 0.2)
-    begin = time.monotonic()
-    found = processes.results.__wrapped__(("reference",), "cpu")
-    assert time.monotonic() - begin < 20
-    assert all("rank 0: the process ended before this row or took too long" in text for text, _ in found.values())
-
-
-def test_what_failed_in_a_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {(row.__name__, "reference"): ("rank 1: AssertionError: no", 0.1) for row in processes.ROWS}
-    monkeypatch.setattr(processes, "results", lambda backends, device_type: found)
-    with pytest.raises(AssertionError, match="rank 1: AssertionError: no"):
-        ROWS[0].check(Case("reference", torch.device("cpu")))
 
 
 @pytest.mark.parametrize("how", ["inference_mode", "compile"])

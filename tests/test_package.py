@@ -100,6 +100,7 @@ def test_what_the_wheel_holds(wheel):
     assert {"dualop/cuda/stages.cuh", "dualop/triton_kernels/stages.py", "dualop/bench/timing.py"} < expected
     assert {"dualop/replay/module.cpp", "dualop/replay/call.h"} < expected
     assert expected <= names
+    assert not [name for name in names if "torch_contract" in name or "capabilities" in name or "/test_" in name]
     assert not [name for name in names if name.startswith("dualop/cuda/") and not name.endswith(".cuh")]
     assert {name.split("/")[0] for name in names} == {"dualop", f"dualop-{dualop.__version__}.dist-info"}
 
@@ -125,7 +126,7 @@ def test_what_the_source_distribution_holds(built):
 
 def test_the_installed_command(venv, tmp_path):
     help_text = run(venv / "bin" / "dualop", "--help", cwd=tmp_path)
-    for command in ("bench", "capabilities", "check", "doctor", "emit", "show", "stages", "tune", "verify"):
+    for command in ("bench", "check", "doctor", "emit", "show", "stages", "tune", "verify"):
         assert command in help_text
     stages = run(venv / "bin" / "dualop", "stages", cwd=tmp_path, COLUMNS="200")
     for stage in dualop.stages.STAGES:

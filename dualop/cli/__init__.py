@@ -6,18 +6,12 @@ torch, triton and the kernels are imported inside the commands, so that `--help`
 from __future__ import annotations
 
 from dualop.cli import bench, check, doctor, emit, show, tune, verify
-from dualop.cli.app import Commands, Lazy, app
+from dualop.cli.app import app
 from dualop.cli.options import DEFAULT_CHAIN as DEFAULT_CHAIN
 
 commands = (bench.bench, check.check, verify.verify, tune.tune, emit.emit, doctor.doctor, show.show, show.stages)
 for command in commands:
     app.command()(command)
-
-Commands.lazy["capabilities"] = Lazy(
-    "capabilities",
-    "dualop.capabilities.command:capabilities",
-    "Try what PyTorch users do with an operator, a row each; exit 1 if a row fails.",
-)
 
 
 def main() -> None:

@@ -1,50 +1,18 @@
-"""The application that the commands register with: how errors end a command, and commands imported when they run."""
+"""The application that the commands register with, and how errors end a command."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
-from dualop.cli.options import device
 from dualop.errors import DualopError
-
-
-class Lazy(TyperCommand):
-    """A command whose function lies in a module that imports torch: only its name and summary are known before it runs.
-
-    `place` is "module:function"; the function is a Typer command.
-    """
-
-    def __init__(self, name: str, place: str, summary: str) -> None:
-        super().__init__(name, help=summary)
-        self.place = place
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Where the group is about to parse the command's own arguments, `--help` among them."""
-        return self.command().make_context(info_name, args, parent, **extra)
-
-    def command(self) -> Any:
-        module, function = self.place.split(":")
-        device()  # switches interpreting on where there is no GPU, before that module imports the backends
-        app = typer.Typer(add_completion=False)
-        app.command(self.name)(getattr(importlib.import_module(module), function))
-        return typer.main.get_command(app)
 
 
 class Commands(TyperGroup):
     """Errors that dualop raises on purpose end a command with one line and exit code 2."""
-
-    lazy: dict[str, Lazy] = {}
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *self.lazy]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return self.lazy.get(cmd_name) or super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
         try:

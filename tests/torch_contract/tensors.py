@@ -12,9 +12,9 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import grad
 
 import dualop
-from dualop.capabilities.case import Case, refused, same, written_out
 from dualop.language.stages import STAGES
 from dualop.launch.layout import DTYPES, layout
+from torch_contract.case import Case, refused, same, written_out
 
 LOOSE = 2e-2  # of 16-bit results of size 1 that torch has rounded after every function, dualop once
 

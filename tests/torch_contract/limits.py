@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.autograd import grad
 
 import dualop
-from dualop.capabilities.case import Case, Function, refused, slow, written_out
-from dualop.capabilities.compilation import compiled, generated_kernels
+from torch_contract.case import Case, Function, refused, slow, written_out
+from torch_contract.compilation import compiled, generated_kernels
 
 
 def double_backward_compiled(case: Case) -> None:
@@ -80,7 +80,7 @@ def fusion_barrier(case: Case) -> None:
     """Inductor's fusion with the neighbours of any op that it did not generate itself"""
     from torch._inductor.utils import run_and_get_code
 
-    @torch.library.custom_op("dualop_capabilities::sine", mutates_args=())
+    @torch.library.custom_op("dualop_torch_contract::sine", mutates_args=())
     def sine(x: Tensor) -> Tensor:
         return x.sin()
 

@@ -11,7 +11,7 @@ from torch import Tensor, vmap
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, linearize, vjp
 from torch.func import grad as fgrad
 
-from dualop.capabilities.case import Case, Function, same, written_out
+from torch_contract.case import Case, Function, same, written_out
 
 
 def _square(f: Function) -> Function:

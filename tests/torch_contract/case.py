@@ -19,7 +19,7 @@ CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
 TWO = "mul(scale) | add(bias) | tanh | mul(x)"
 
 Function = Callable[[Tensor, Tensor], Tensor]
-Check = Callable[["Case"], "str | None"]
+Check = Callable[["Case"], None]
 C = TypeVar("C", bound=Check)
 
 
@@ -80,9 +80,9 @@ def refused(call: Callable[[], Any], *words: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process that is to find this dualop, wherever it lies."""
-    package = str(Path(dualop.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
+    """Return the environment of a process that finds this dualop and this package, wherever they lie."""
+    folders = (str(Path(dualop.__file__).parents[1]), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def slow(check: C) -> C:

@@ -1,6 +1,6 @@
 """DDP, FSDP2 and DTensor: several processes of one host, each row checked against one process.
 
-    python -m dualop.capabilities.processes RANK WORLD FOLDER DEVICE BACKEND...
+    python -m torch_contract.processes RANK WORLD FOLDER DEVICE BACKEND...
 
 `results` starts two such processes, on gloo and the CPU or on NCCL and two GPUs. They meet in a file of FOLDER, so that
 there is no port to be taken, and are killed when their time is up.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from dualop.capabilities.case import Case, Function, Skip, environment, same, two_written_out, written_out
+from torch_contract.case import Case, Function, Skip, environment, same, two_written_out, written_out
 
 WORLD = 2
 SECONDS = 180  # for all rows of all backends; a collective that waits longer than a third of it fails
@@ -188,7 +188,7 @@ def sharded_compiled(case: Case, mesh: Any) -> None:
     same(found, [written_out(x, a), *grad(written_out(x, a).square().sum(), (x, a))], TOLERANCE)
 
 
-ROWS: tuple[Callable[[Case, Any], None], ...] = (
+CHECKS: tuple[Callable[[Case, Any], None], ...] = (
     batch_sharded, feature_sharded, replicated, redistributed, sharded_without_gradients, sharded_compiled,
     tensor_parallel, ddp, fsdp2,
 )  # fmt: skip
@@ -201,7 +201,7 @@ def results(backends: tuple[str, ...], device_type: str) -> dict[tuple[str, str]
         raise Skip("this torch was built without torch.distributed or gloo")
     variables = {**environment(), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "dualop.capabilities.processes"]
+        command = [sys.executable, "-m", "torch_contract.processes"]
         processes = [
             subprocess.Popen(
                 [*command, str(rank), str(WORLD), folder, device_type, *backends],
@@ -225,7 +225,7 @@ def results(backends: tuple[str, ...], device_type: str) -> dict[tuple[str, str]
         reports = [_report(Path(folder), rank) for rank in range(WORLD)]
     found = {}
     for backend in backends:
-        for row in ROWS:
+        for row in CHECKS:
             parts = [report.get(f"{backend} {row.__name__}", report["died"]) for report in reports]
             texts = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(parts) if text]
             found[row.__name__, backend] = "\n".join(texts), max(seconds for _, seconds in parts)
@@ -257,7 +257,7 @@ def main(rank: int, folder: Path, device_type: str, backends: list[str]) -> None
     mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
     report: dict[str, tuple[str, float]] = {}
     for backend in backends:
-        for row in ROWS:
+        for row in CHECKS:
             begin = time.perf_counter()
             try:
                 row(Case(backend, device), mesh)

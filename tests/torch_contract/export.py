@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from dualop.capabilities.case import Case, Function, Skip, environment, same, slow, written_out
+from torch_contract.case import Case, Function, Skip, environment, same, slow, written_out
 
 WRITTEN_OUT = "torch"
 SECONDS = 300  # of a process with a compiler in it
@@ -109,7 +109,7 @@ def aot_inductor(case: Case) -> None:
 
 def _packaged(backend: str, device: torch.device) -> str:
     """What `main` said in a process that failed, else nothing."""
-    command = [sys.executable, "-m", __name__, backend, str(device)]
+    command = [sys.executable, "-m", "torch_contract.export", backend, str(device)]
     done = subprocess.run(
         command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import grad
 
-from dualop.capabilities.case import Case, Function, Skip, gpus, same, written_out
+from torch_contract.case import Case, Function, Skip, gpus, same, written_out
 
 
 @gpus(1)

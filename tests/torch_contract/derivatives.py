@@ -14,7 +14,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.autograd.graph import saved_tensors_hooks
 
 import dualop
-from dualop.capabilities.case import CHAIN, Case, Function, refused, same, two_written_out, written_out
+from torch_contract.case import CHAIN, Case, Function, refused, same, two_written_out, written_out
 
 _FORWARD_OVER_REVERSE: dict[str, Any] = dict(
     check_fwd_over_rev=True, check_rev_over_rev=False, check_undefined_grad=False

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import dualop
 from dualop.backends.registry import BACKENDS
-from dualop.capabilities.case import CHAIN, Case, Function, Skip, same, slow, written_out
+from torch_contract.case import CHAIN, Case, Function, Skip, same, slow, written_out
 
 
 class _Names(TorchDispatchMode):

@@ -15,7 +15,7 @@ from torch.func import hessian, jvp
 
 import dualop
 from dualop.backends import registry
-from dualop.capabilities.case import CHAIN, Case, Function, gpus, refused, same, slow, written_out
+from torch_contract.case import CHAIN, Case, Function, gpus, refused, same, slow, written_out
 
 
 def compiled(f: Any, backend: Any = "aot_eager", **options: Any) -> Any:
