@@ -22,7 +22,7 @@ from torch import Tensor
 import dualop
 from dualop import replay
 from dualop.backends.registry import BACKENDS
-from dualop.build import Build
+from dualop.build.build import Build
 from dualop.errors import DtypeError, LayoutError, ShapeError
 from dualop.launch import tuned
 from dualop.launch.layout import layout
