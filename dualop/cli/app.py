@@ -1,4 +1,4 @@
-"""The application that the commands register with: how errors end a command, and commands imported when they run."""
+"""Define the application that the commands register with: it imports a command when it runs, and shows errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dualop.errors import DualopError
 
 
 class Lazy(TyperCommand):
-    """A command whose function lies in a module that imports torch: only its name and summary are known before it runs.
+    """Import the module of a command when it runs; until then only the command's name and summary are known.
 
     `place` is "module:function"; the function is a Typer command.
     """
@@ -24,7 +24,7 @@ class Lazy(TyperCommand):
         self.place = place
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Where the group is about to parse the command's own arguments, `--help` among them."""
+        """Import the command when the group is about to parse the command's own arguments, `--help` among them."""
         return self.command().make_context(info_name, args, parent, **extra)
 
     def command(self) -> Any:
@@ -36,7 +36,7 @@ class Lazy(TyperCommand):
 
 
 class Commands(TyperGroup):
-    """Errors that dualop raises on purpose end a command with one line and exit code 2."""
+    """End a command with one line and exit code 2 when dualop raises an error on purpose."""
 
     lazy: dict[str, Lazy] = {}
 
