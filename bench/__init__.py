@@ -1,4 +1,4 @@
-"""Benchmarks: `workloads` says what is run, `timing` how long it takes, `measure` puts both together, `table` prints.
+"""Measure chains: `workloads` defines what is run, `timing` times it, `measure` combines both, `table` prints.
 
 Also importable as `dualop.bench`; the command is `dualop bench`.
 """

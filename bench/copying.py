@@ -23,14 +23,17 @@ _fastest: dict[tuple[int, int, torch.device], int] = {}
 
 
 def copies(count: int, sets: int, device: torch.device, way: int = 0) -> list[Callable[[], Any]]:
-    """Calls of COPIES[way] that read and write `count` bytes together, each from its own source."""
+    """Return calls of COPIES[way] that read and write `count` bytes together, each from its own source."""
     size = max(1, count // 8)
     sources = [torch.ones(size, dtype=torch.float32, device=device) for _ in range(sets)]
     return [partial(COPIES[way], source) for source in sources]
 
 
 def copy_time(count: int, sets: int, device: torch.device, stream: torch.cuda.Stream | None) -> timing.Timing:
-    """Of the fastest copy of so many bytes. Which that is is tried once in a process, the time taken every time."""
+    """Return the time of the fastest copy of so many bytes.
+
+    A process tries once which copy is the fastest, and takes its time on every call.
+    """
     key = count, sets, device
     if device.type != "cuda":
         return timing.timed(copies(count, sets, device), stream)
@@ -43,7 +46,7 @@ def copy_time(count: int, sets: int, device: torch.device, stream: torch.cuda.St
 
 
 def launch_time(device: torch.device, stream: torch.cuda.Stream | None) -> timing.Timing | None:
-    """Of a kernel for one number, one after the other in a graph; None on the CPU."""
+    """Return the time of a kernel that writes one number, from a graph of such launches; None on the CPU."""
     if device.type != "cuda":
         return None
     one = torch.ones(1, device=device)

@@ -1,7 +1,7 @@
-"""What a call costs the host: wall time of calls on a tensor so small that the kernels do not count.
+"""Measure the host overhead of a call: wall time of calls on a tensor so small that the kernels do not count.
 
-The default chain on 8 x 64 with a bias, beside functions of torch itself. A call is timed in loops of some thousand,
-and the fastest of several loops counts: whatever else the machine does only adds to it.
+The default chain on 8 x 64 with a bias is timed beside functions of torch itself. A call is timed in loops of some
+thousand, and the fastest of several loops counts, because other work on the machine can only add to it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ FORWARD, TRAINING = "forward", "forward and backward"
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds of a call on the host, and how many times as long the yardstick of its direction takes.
+    """Hold the microseconds of a call on the host, and their ratio to the reference function of its direction.
 
-    The yardsticks: torch.sigmoid for forward, the eager chain for forward and backward.
+    The reference is torch.sigmoid for forward, and the eager chain for forward and backward.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Row:
 
 
 def run(names: Sequence[str], device: torch.device, compiled: bool) -> list[Row]:
-    """Rows of torch and of these backends, in the order in which they were timed."""
+    """Return the rows of torch and of these backends, in the order in which they were timed."""
     replay.load()  # a call of a process that has just started may be made without it
     op = dualop.chain(DEFAULT_CHAIN)
     x, bias = torch.randn(SHAPE, device=device), torch.randn(SHAPE[1], device=device)
@@ -65,7 +65,7 @@ def run(names: Sequence[str], device: torch.device, compiled: bool) -> list[Row]
 
 
 class _Nothing(torch.autograd.Function):
-    """What torch takes by itself for a function with a backward in Python, which only allocates."""
+    """Do nothing but allocate: this measures what torch itself takes for a function with a backward in Python."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def _step(chain: Callable[..., Tensor], leaves: Sequence[Tensor], gy: Tensor) ->
 
 
 def _time(call: Callable[[], object], device: torch.device) -> float:
-    """Microseconds a call takes until it returns, which on a GPU is before its kernels have ended."""
+    """Return the microseconds until a call returns, which on a GPU is before its kernels have ended."""
     for _ in range(10):
         call()
     once = min(_loop(call, 10, device) for _ in range(3))
@@ -105,7 +105,7 @@ def _loop(call: Callable[[], object], count: int, device: torch.device) -> float
 
 
 def render(rows: Sequence[Row]) -> Iterator[Table]:
-    """A table for each direction."""
+    """Return one table for each direction."""
     for direction, base in ((FORWARD, "torch.sigmoid"), (TRAINING, EAGER)):
         table = Table(title=f"host, {direction}, {SHAPE[0]} x {SHAPE[1]}", title_justify="left")
         for column in ("", "us", f"of {base}"):

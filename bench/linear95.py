@@ -1,10 +1,10 @@
-"""The model that dualop was born from: Linear, an added vector, swish, tanh, exact GELU, hardtanh.
+"""Measure problem 95, the model that dualop started from: Linear, an added vector, swish, tanh, exact GELU, hardtanh.
 
-The written-out model beside dualop.nn.LinearChain with the same weights, on each backend, with product and chain in one
-Triton kernel, and as the file that `dualop emit` writes for each backend: outputs and the gradients of the input, the
-weight, the bias and add_value are compared with float64, then forward and a training step (forward and all gradients)
-are timed. Then the same times for a Linear with few inputs and many outputs, where the chain takes as long as the
-product.
+The written-out model is compared with dualop.nn.LinearChain with the same weights: on each backend, with product and
+chain in one Triton kernel, and as the file that `dualop emit` writes for each backend. Outputs and the gradients of the
+input, the weight, the bias and add_value are compared with float64. Then forward and a training step (forward and all
+gradients) are timed. A second size, a Linear with few inputs and many outputs, follows, because there the chain takes
+as long as the product.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ RMS_FACTOR, MAX_FACTOR = 1.1, 2.0
 
 
 class Model(nn.Module):
-    """swish, tanh, gelu and hardtanh of `linear(x) + add_value`, by torch's functions."""
+    """Compute swish, tanh, gelu and hardtanh of `linear(x) + add_value` with torch's functions."""
 
     def __init__(self, in_features: int, out_features: int, **where: Any) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Model(nn.Module):
 
 
 class Fused(LinearChain):
-    """The same by dualop, product and chain in one kernel or not."""
+    """Compute the same with dualop, with product and chain in one kernel or in two."""
 
     def __init__(self, in_features: int, out_features: int, backend: str, **where: Any) -> None:
         self.switch = "on" if backend == IN_PRODUCT else "off"
@@ -79,7 +79,7 @@ class Fused(LinearChain):
 
 @dataclass(frozen=True)
 class Agreement:
-    """The error of one result against float64, beside that of eager."""
+    """Hold the error of one result against float64, beside eager's error."""
 
     backend: str
     dtype: str
@@ -97,14 +97,14 @@ def sizes(device: torch.device) -> tuple[Size, ...]:
 
 
 def steps(backends: int, compiled: bool, sizes: int = 1) -> int:
-    """How often `run` calls `progress` for each dtype."""
+    """Return how often `run` calls `progress` for each dtype."""
     return backends + sizes * 2 * (backends + 2 + compiled)
 
 
 def run(
     backends: Sequence[str], dtypes: Sequence[str], device: torch.device, compiled: bool, seed: int, progress: Progress
 ) -> tuple[list[Agreement], list[Row]]:
-    """Compare, then time, on each backend and dtype; a backend that disagrees is not timed."""
+    """Compare on each backend and dtype, then time; a backend that disagrees is not timed."""
     agreements: list[Agreement] = []
     rows: list[Row] = []
     for dtype in dtypes:
@@ -125,7 +125,7 @@ def run(
 def _models(
     backends: Sequence[str], dtype: str, size: Size, device: torch.device
 ) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
-    """The written-out model and ours with the same weights, x and gy."""
+    """Return the written-out model and ours with the same weights, x and gy."""
     batch, ins, outs = size
     where: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
     models: dict[str, nn.Module] = {EAGER: Model(ins, outs, **where)}
@@ -146,7 +146,7 @@ def _models(
 
 
 def _beside(name: str) -> bool:
-    """Whether it is no backend by itself, nor torch: `steps` does not count it."""
+    """Return True if this is neither a backend by itself nor torch, so that `steps` does not count it."""
     return "," in name
 
 
@@ -210,7 +210,7 @@ def _forward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _step(model: nn.Module, x: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
-    """Forward and the gradients of the input and all parameters."""
+    """Run forward, and compute the gradients of the input and of all parameters."""
     leaf = x.detach().requires_grad_()
     return torch.autograd.grad(model(leaf), [leaf, *model.parameters()], gy)
 
@@ -227,7 +227,7 @@ Errors = dict[str, tuple[float, float]]
 
 
 def _errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Errors:
-    """Root mean square and largest error of each quantity; NaN counts as infinite."""
+    """Return the root mean square and the largest error of each quantity; NaN counts as infinite."""
     errors: Errors = {}
     for name, value in found.items():
         error = (value.double() - exact[name]).abs_().nan_to_num_(nan=torch.inf)
@@ -251,7 +251,7 @@ def _agreements(backend: str, dtype: str, errors: Errors, eager: Errors, exact: 
 
 
 def render(agreements: Sequence[Agreement]) -> Table:
-    """Ours beside eager's error, both against float64."""
+    """Return the table of our error beside eager's, both against float64."""
     table = Table(title="linear95: error against float64, ours / eager's", title_justify="left")
     for column in ("dtype", "backend", "quantity"):
         table.add_column(column, no_wrap=True)

@@ -1,4 +1,4 @@
-"""Check, then time: the rows of `dualop bench`."""
+"""Check results, then time them: this module makes the rows of `dualop bench`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ TINY_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. `copy_share` is the time of a device copy of the same bytes over this time: 1 is the copy's speed.
+    """Hold one figure of the benchmark.
 
-    `launches` is this time over that of an empty launch, for tiny tensors only. `operands` are their forms.
-    `max_ulp` is the largest error against float64, over the results of that direction (None: infinite or not known).
+    `copy_share` is the time of a device copy of the same bytes divided by this time: 1 is the copy's speed. `launches`
+    is this time divided by that of an empty launch, for tiny tensors only. `operands` are the forms of the operands.
+    `max_ulp` is the largest error against float64 over the results of this direction; None means infinite or unknown.
     """
 
     backend: str
@@ -63,7 +64,7 @@ class Row:
 
 
 def steps(backends: int, compiled: bool, eager: bool = True) -> int:
-    """How often `measure` calls `progress` for so many backends."""
+    """Return how often `measure` calls `progress` for so many backends."""
     functions = backends + eager + compiled
     return functions + 2 * (functions + 1)
 
@@ -77,7 +78,7 @@ def measure(
     eager: bool = True,
     checked_rows: int | None = None,
 ) -> list[Row]:
-    """The rows of one workload: device copy, eager, torch.compile and the backends, forward and backward.
+    """Return the rows of one workload: device copy, eager, torch.compile and the backends, forward and backward.
 
     A backend whose results are wrong has a row that is not ok, with no time. `checked_rows` checks only the first so
     many rows of x.
@@ -97,7 +98,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check found: the largest error of each direction, and what is wrong with it, if anything."""
+    """Hold what the check found: the largest error of each direction, and what is wrong with it, if anything."""
 
     max_ulp: dict[str, float]
     wrong: dict[str, str]
@@ -106,7 +107,7 @@ class Verdict:
 def verdicts(
     workload: Workload, functions: dict[str, Function], seed: int, rows: int | None, progress: Progress
 ) -> dict[str, Verdict]:
-    """What each function computes, on the first `rows` rows if given, against float64."""
+    """Compare what each function computes with float64, on the first `rows` rows of x if given."""
     sample = workload.sample(seed, rows)
     exact = truth.truth(workload.chain, sample)
     judged = {}
@@ -135,7 +136,7 @@ def verdicts(
 
 
 def rows_to_check(workload: Workload) -> int | None:
-    """All rows if the float64 truth fits half of the free memory, or as many of the first ones as do."""
+    """Return all rows if the float64 truth fits into half of the free memory, else as many of the first rows as fit."""
     if workload.device.type != "cuda":
         return None
     gc.collect()
@@ -184,7 +185,7 @@ def _rows(
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one direction with how many times as long eager and torch.compile take."""
+    """Return the rows of one direction together with their ratios to eager and to torch.compile."""
     times = {row.backend: row.time_us for row in rows}
 
     def ratio(other: str, row: Row) -> float | None:
@@ -212,5 +213,5 @@ def _filled(row: Row, result: timing.Timing, count: int, copy: timing.Timing, em
 
 
 def _rounded(value: float) -> float:
-    """To five significant digits: a share of 0.03 has as many as one of 3."""
+    """Round to five significant digits, so that a share of 0.03 keeps as many digits as one of 3."""
     return float(f"{value:.5g}")

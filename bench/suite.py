@@ -1,8 +1,8 @@
-"""`dualop bench --suite`: many chains in one table, a line for each chain and dtype, against the copy's speed.
+"""Run `dualop bench --suite`: one table with a line for each chain and dtype, relative to the speed of a copy.
 
-Names of its parts: `stages` (each by itself), `chains`, `shapes` (small ones, channels, a residual). Every kernel is
-compiled before the first is timed, in as many processes as there are cores. Results are checked on the first rows only;
-`dualop check` and `dualop verify` do that thoroughly.
+The parts of the suite are `stages` (each stage alone), `chains` and `shapes` (small ones, channels, a residual). Every
+kernel is compiled before the first one is timed, in as many processes as there are cores. Results are checked on the
+first rows only; `dualop check` and `dualop verify` check them thoroughly.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SUITE: dict[str, tuple[Entry, ...]] = {
 
 
 def works(names: Sequence[str], dtypes: Sequence[str], device: torch.device) -> list[Workload]:
-    """The workloads of the named parts; on the CPU, where kernels are interpreted, with small shapes."""
+    """Return the workloads of the named parts; on the CPU, where kernels are interpreted, they have small shapes."""
     entries = [entry for name in names for entry in SUITE[name]]
     size = lambda shape: SMALL[shape] if device.type == "cpu" else shape
     return [
@@ -72,7 +72,7 @@ def works(names: Sequence[str], dtypes: Sequence[str], device: torch.device) -> 
 
 
 def prepare(todo: Sequence[Workload], backends: Sequence[str], progress: Callable[[int, int], None]) -> None:
-    """Compile all kernels, in parallel. What cannot be compiled is left to its own row, which will say so."""
+    """Compile all kernels in parallel. A kernel that cannot be compiled is reported later, in its own row."""
     if "cuda" in backends:
         from dualop.backends.cuda import prepare as build
 
@@ -84,18 +84,18 @@ def prepare(todo: Sequence[Workload], backends: Sequence[str], progress: Callabl
 
 
 def _compile(work: Workload) -> None:
-    """In a process of its own: Triton keeps what it compiles on disk, where the measuring process finds it."""
+    """Compile in a child process: Triton keeps the result on disk, where the measuring process finds it."""
     with contextlib.suppress(Exception):
         check.results(partial(work.chain, backend="triton"), work.chain.operands, work.sample(0), poison=False)
 
 
 def steps(count: int, backends: int) -> int:
-    """How often `run` calls `progress` for so many workloads."""
+    """Return how often `run` calls `progress` for so many workloads."""
     return count * measure.steps(backends, compiled=False, eager=False)
 
 
 def run(todo: Sequence[Workload], backends: Sequence[str], seed: int, progress: measure.Progress) -> list[measure.Row]:
-    """The rows of all workloads: the copy and the backends, without eager and torch.compile."""
+    """Return the rows of all workloads: the copy and the backends, without eager and torch.compile."""
     rows: list[measure.Row] = []
     for work in todo:
         about = f"{work.chain}, {work.dtype}"
@@ -106,7 +106,7 @@ def run(todo: Sequence[Workload], backends: Sequence[str], seed: int, progress: 
 
 
 def render(rows: Sequence[measure.Row]) -> Table:
-    """A line for each chain, shape and dtype: times over the copy's, and of tiny tensors over an empty launch's."""
+    """Return the table: a line for each chain, shape and dtype, relative to the copy, or to an empty launch if tiny."""
     groups: dict[tuple[Any, ...], dict[tuple[str, str], measure.Row]] = {}
     for row in rows:
         key = (row.chain, tuple(row.shape), row.operands, row.dtype)

@@ -1,4 +1,4 @@
-"""The tables and the JSON of `dualop bench`."""
+"""Make the tables and the JSON of `dualop bench`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dualop.bench.workloads import COPY, LAUNCH
 
 
 def device_info(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine and the software on which the figures were measured."""
     versions: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
     try:
         import triton
@@ -42,7 +42,7 @@ def device_info(device: torch.device) -> dict[str, Any]:
 
 
 def how(device: torch.device) -> str:
-    """One sentence on what the times mean."""
+    """Return one sentence on what the times mean."""
     if device.type == "cuda":
         return (
             "Device time by CUDA-graph replay, the median; ± is half the width from the 10th to the 90th percentile. "
@@ -56,7 +56,7 @@ def how(device: torch.device) -> str:
 
 
 def as_json(rows: Sequence[Row], device: torch.device, **more: Any) -> dict[str, Any]:
-    """The file that `--json` writes."""
+    """Return the content of the file that `--json` writes."""
     return {"device": device_info(device), "times": how(device), **more, "rows": [asdict(row) for row in rows]}
 
 
@@ -64,7 +64,7 @@ COLUMNS = ("direction", "backend", "µs", "±", "GB/s", "of copy", "launches", "
 
 
 def render(rows: Sequence[Row], title: str) -> Table:
-    """One table: the rows of one chain, shape and dtype in both directions. Columns that hold nothing are left out."""
+    """Return one table: a chain, shape and dtype in both directions. Empty columns are left out."""
     lines = [_cells(row) for row in rows]
     shown = [i for i, _ in enumerate(COLUMNS) if any(cells[i] for cells in lines)]
     table = Table(title=title, title_justify="left")

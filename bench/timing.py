@@ -1,7 +1,7 @@
-"""How long a call takes on the device: CUDA-graph replay, events where a call cannot be captured, a clock on the CPU.
+"""Time calls on the device: by CUDA-graph replay, by events where a call cannot be captured, by a clock on the CPU.
 
 A graph holds many calls, so that neither the host nor the events between them count; one replay is one sample. Where
-the data of a call would stay in the L2 cache, the calls take turns on several sets of inputs (`sets_beyond_cache`).
+the data of a call would stay in the L2 cache, the calls alternate between several sets of inputs (`sets_beyond_cache`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_SETS = 32
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: the median, and the tenth and ninetieth percentile of the samples."""
+    """Hold the microseconds of a call: the median, and the tenth and the ninetieth percentile of the samples."""
 
     median_us: float
     low_us: float
@@ -35,12 +35,12 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """The width between the percentiles as a share of the median."""
+        """Return the width between the percentiles as a share of the median."""
         return (self.high_us - self.low_us) / self.median_us if self.median_us else 0.0
 
 
 def sets_beyond_cache(bytes_a_call: int, device: torch.device) -> int:
-    """How many sets of inputs make four times the L2 cache: 1 where one is enough, at most MOST_SETS."""
+    """Return how many sets of inputs make four times the L2 cache: 1 where one is enough, at most MOST_SETS."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -49,8 +49,11 @@ def sets_beyond_cache(bytes_a_call: int, device: torch.device) -> int:
 
 @contextmanager
 def on_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
-    """A side stream to prepare and time calls on. A backward runs on the stream of its forward, which must be the
-    one that is captured, so the forward too has to be called in here."""
+    """Yield a side stream for preparing and timing calls.
+
+    A backward runs on the stream of its forward. That stream has to be the captured one, so call the forward in here,
+    too.
+    """
     if device.type != "cuda":
         yield None
         return
@@ -63,7 +66,7 @@ def on_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
 
 
 def timed(calls: Calls, stream: torch.cuda.Stream | None, budget_s: float = BUDGET_S) -> Timing:
-    """Time the calls, which do the same on different data; `stream` is what `on_stream` gave (None: the CPU)."""
+    """Time the calls, which do the same on different data; `stream` comes from `on_stream` (None: the CPU)."""
     if stream is None:
         return _clocked(calls, budget_s)
     for _ in range(3):  # compile, tune, and fill the allocator

@@ -1,4 +1,4 @@
-"""The search of `dualop tune`: every launch is compiled, then timed, and the fastest checked and kept."""
+"""Search for `dualop tune`: compile every launch, time it, check the results of the fastest and keep it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Task:
-    """One search: the launches of one kernel for one workload."""
+    """Describe one search: the launches of one kernel for one workload."""
 
     work: Workload
     backend: str
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def candidates(self) -> list[Cut]:
-        """The heuristic's choice first, and among the others what an earlier search found."""
+        """Return the launches to time: the heuristic's choice first, then others, among them an earlier search's result."""
         known = tuned.lookup(self.subject, self.work.device, Cut)
         others = candidates.candidates(self.backend, self.work.layout, self.direction, self.heuristic)
         return list(dict.fromkeys((*others, *([known] if known else []))))
@@ -63,7 +63,10 @@ def subject_of(task: Task, view: Layout) -> tuned.Subject:
 
 @dataclass(frozen=True)
 class Row:
-    """What one search found. `times` are the first measurements, `failed` why a launch could not be timed."""
+    """Hold the result of one search.
+
+    `times` are the first measurements; `failed` says why a launch could not be timed.
+    """
 
     backend: str
     direction: str
@@ -86,7 +89,7 @@ class Row:
 
 
 def timer(workload: Workload, backend: str, direction: str, seed: int) -> tuple[tuned.Subject, tune.Time[Any]]:
-    """What the launch is for, and a function from a launch to the microseconds of one call with it.
+    """Return what the launch is for, and a function from a launch to the microseconds of one call with it.
 
     That function raises what the backend raises when the launch does not fit the GPU.
     """
@@ -104,7 +107,7 @@ def timer(workload: Workload, backend: str, direction: str, seed: int) -> tuple[
 
 
 def prepare(tasks: Sequence[Task], progress: Progress) -> None:
-    """Compile every launch, in as many processes as there are cores. What cannot be compiled fails when it is timed."""
+    """Compile every launch, in as many processes as there are cores. A failure is reported when the launch is timed."""
     built = [task for task in tasks if task.backend == "cuda"]
     if built:
         with contextlib.suppress(BuildError):
@@ -115,7 +118,7 @@ def prepare(tasks: Sequence[Task], progress: Progress) -> None:
 
 
 def _calls(tasks: Sequence[Task]) -> Iterator[tuple[Chain, Tensor, Sequence[Tensor]]]:
-    """A call for each launch, which is the one chosen until the next call is asked for."""
+    """Return a call for each launch; a launch stays chosen until the next call is requested."""
     for task in tasks:
         sample = task.work.sample(0)
         for cut in task.candidates:
@@ -124,14 +127,17 @@ def _calls(tasks: Sequence[Task]) -> Iterator[tuple[Chain, Tensor, Sequence[Tens
 
 
 def _launch_once(task: Task, cut: Cut) -> None:
-    """In a process of its own: Triton keeps what it compiles on disk, where the measuring process finds it."""
+    """Launch once in a child process: Triton keeps the compiled kernel on disk for the measuring process."""
     with contextlib.suppress(Exception), tuned.trying(task.subject, cut):
         (call,) = calls(partial(task.work.chain, backend=task.backend), task.direction, [task.work.sample(0)])
         call()
 
 
 def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progress]) -> list[Row]:
-    """The rows of all tasks. If `keep`, what is right is kept on disk, the heuristic's choice too where it won."""
+    """Return the rows of all tasks.
+
+    With `keep`, every launch whose results are right is kept on disk, also the heuristic's own choice where it won.
+    """
     rows = []
     for work in dict.fromkeys(task.work for task in tasks):
         found: dict[Task, tune.Result[Cut]] = {}
@@ -158,7 +164,7 @@ def _search(task: Task, seed: int, progress: Progress) -> tune.Result[Cut]:
 
 
 def _wrong(work: Workload, launches: dict[Task, Cut], seed: int) -> dict[Task, str]:
-    """For each task what is wrong with the results of its launch, "" if nothing is."""
+    """Return for each task what is wrong with the results of its launch, or "" if nothing is."""
     rows = measure.rows_to_check(work)
     checked = work if rows is None else replace(work, shape=(min(rows, work.shape[0]), *work.shape[1:]))
     names = dict.fromkeys(task.backend for task in launches)
@@ -201,7 +207,7 @@ def _filled(row: Row, result: tune.Result[Cut], wrong: str, keep: bool) -> Row:
 
 
 def as_json(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
-    """The file that `--json` writes."""
+    """Return the content of the file that `--json` writes."""
     from dualop.bench.table import device_info
 
     file, launches = tuned.kept(device)

@@ -1,4 +1,4 @@
-"""The table of `dualop tune`."""
+"""Make the table of `dualop tune`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = (*WORDS[:6], "µs", "best", "µs", "gain", "tried", "failed", "note")
 
 
 def render(rows: Sequence[Row]) -> Table:
-    """A line for each search."""
+    """Return the table, with a line for each search."""
     table = Table(title=TITLE, title_justify="left")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in WORDS else "right", overflow="fold")

@@ -1,4 +1,4 @@
-"""What is benchmarked: a chain on tensors of one shape and dtype, and who computes it."""
+"""Define the benchmarks: a chain on tensors of one shape and dtype, and the contestants that compute it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """`chain` on x of `shape` and `dtype`; the operands have the forms of `operands` in turn (OPERAND_FORMS)."""
+    """Describe `chain` on x of `shape` and `dtype`; its operands take the forms of `operands` in turn (OPERAND_FORMS)."""
 
     chain: Chain
     shape: tuple[int, ...]
@@ -41,18 +41,18 @@ class Workload:
 
     @property
     def operand_forms(self) -> list[str]:
-        """The form of each operand."""
+        """Return the form of each operand."""
         return [self.operands[i % len(self.operands)] for i in range(len(self.chain.operands))]
 
     @property
     def layout(self) -> Layout:
-        """That of a call with its samples."""
+        """Return the layout of a call with these samples."""
         shapes = (self.shape, *(OPERAND_FORMS[form](self.shape) for form in self.operand_forms))
         x, *operands = (torch.empty(shape, dtype=DTYPES[self.dtype], device="meta") for shape in shapes)
         return layout(x, operands)
 
     def sample(self, seed: int, rows: int | None = None) -> Sample:
-        """One set of inputs and a gy; only the first `rows` of x if given."""
+        """Make one set of inputs and a gy; only the first `rows` of x if given."""
         shape = self.shape if rows is None else (min(rows, self.shape[0]), *self.shape[1:])
         if self.device.type == "cpu" or rows is not None:
             return sample(self.chain, Case("bench", shape, self.operands), self.dtype, self.device, seed)
@@ -64,8 +64,11 @@ class Workload:
         return Sample(x, tuple(operands), gy, self.dtype, "bench")
 
     def bytes(self, direction: str) -> int:
-        """What must cross the memory bus: forward reads x and writes y, backward reads x and gy and writes grad x;
-        both read the operands, and backward writes their gradients."""
+        """Return how many bytes must cross the memory bus.
+
+        Forward reads x and writes y; backward reads x and gy and writes grad x. Both read the operands, and backward
+        writes their gradients.
+        """
         size = DTYPES[self.dtype].itemsize
         x = math.prod(self.shape)
         operands = sum(math.prod(OPERAND_FORMS[form](self.shape)) for form in self.operand_forms)
@@ -73,7 +76,7 @@ class Workload:
 
 
 def contestants(workload: Workload, backends: list[str], compiled: bool, eager: bool = True) -> dict[str, Function]:
-    """Name to function of (x, *operands): torch eager, torch.compile and the backends.
+    """Return a function of (x, *operands) by name: torch eager, torch.compile and the backends.
 
     Eager and torch.compile get the chain as a user would write it: torch's functions one after the other on the
     tensors in their own dtype.
@@ -92,7 +95,7 @@ def evaluate_on(chain: Chain, x: Tensor, *operands: Tensor) -> Tensor:
 
 
 def calls(function: Function, direction: str, sets: list[Sample]) -> list[Callable[[], Any]]:
-    """One call for each set of inputs.
+    """Return one call for each set of inputs.
 
     Forward runs under no_grad, as in inference. Backward is what autograd launches: `torch.autograd.grad` through a
     graph whose forward ran once, outside.
@@ -113,7 +116,7 @@ def _no_grad(function: Function, tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """The numbers of a text like 16384x8192; raises ShapeError."""
+    """Return the numbers of a text such as 16384x8192; raise ShapeError if it is no shape."""
     parts = text.lower().replace("×", "x").split("x")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ShapeError(f"a shape is written like 16384x8192, not {text!r}")

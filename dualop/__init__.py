@@ -1,10 +1,11 @@
-"""dualop: fused add + activation chains for PyTorch, on a CUDA C++ or an equivalent Triton kernel.
+"""Fuse add + activation chains for PyTorch, on a CUDA C++ kernel or an equivalent Triton kernel.
 
     op = dualop.chain("add | swish | tanh | gelu | hardtanh(-1, 1)")
     y = op(x, bias)
 
-Names are loaded on first use, so that `dualop --help` does not import torch. The ops `torch.ops.dualop.*` are there as
-soon as torch and dualop have been imported, or, where dualop was first, when torch reads a saved program.
+Names are loaded on first use, so that `dualop --help` does not import torch. The ops `torch.ops.dualop.*` exist as soon
+as both torch and dualop have been imported. Where dualop was imported first, they exist when torch reads a saved
+program.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def __dir__() -> list[str]:
 
 
 class _Registration:
-    """A finder that finds nothing: it sees torch import what it reads saved programs with, and registers the ops."""
+    """Register the ops when torch imports its readers of saved programs. As a finder, it finds nothing."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name in ("torch._export.serde", "torch._inductor"):
@@ -77,7 +78,7 @@ class _Registration:
 
 
 def _watch_no_more() -> None:
-    """Take the finder away: dualop.op.library is being imported, and may import from another thread meanwhile."""
+    """Remove the finder, since dualop.op.library is being imported and may import from another thread meanwhile."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Registration)]
 
 

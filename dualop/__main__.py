@@ -1,4 +1,4 @@
-"""`python -m dualop` is the command `dualop`."""
+"""Run the command `dualop` by `python -m dualop`."""
 
 from dualop.cli import main
 

@@ -1,7 +1,7 @@
-"""Chains as torch's own functions, for tools that know torch's operators but not dualop's.
+"""Rewrite chains as torch's own functions, for tools that know torch's operators but not dualop's.
 
-    program = torch.export.export(model, arguments).run_decompositions(dualop.export.decompositions())
-    torch.onnx.export(program, file="model.onnx", dynamo=True)
+program = torch.export.export(model, arguments).run_decompositions(dualop.export.decompositions())
+torch.onnx.export(program, file="model.onnx", dynamo=True)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dualop.language.syntax import parse
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return a table for `ExportedProgram.run_decompositions`: torch's own decompositions, and dualop's ops.
+    """Return a table for `ExportedProgram.run_decompositions`: torch's own decompositions and those of dualop's ops.
 
     A chain becomes the functions of its reference: float32 arithmetic (float64 for float64), rounded once.
     """

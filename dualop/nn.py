@@ -1,12 +1,12 @@
-"""Modules: a chain with parameters for its operands, alone or behind a Linear.
+"""Provide modules: a chain with parameters for its operands, alone or behind a Linear.
 
     layer = ChainLayer("add(bias) | mul(scale) | sigmoid", (64, 1, 1), ())
     model = LinearChain(8192, 8192, "add | swish | tanh | gelu | hardtanh(-1, 1)")
 
 Parameters and their names are those of the model written out: `LinearChain` above has `linear.weight`, `linear.bias`
 and `add_value`, drawn in this order, so that weights load unchanged and a seed gives the same ones. An operand's
-parameter has the operand's name; one that is named after its stage (`add` is `add(add)`) gets `_value` behind it, since
-`self.add` would read as a method. To choose another name, write it into the chain: `add(shift)`.
+parameter has the operand's name. If the operand is named after its stage (`add` is `add(add)`), its parameter ends in
+`_value`, since `self.add` would read as a method. To choose another name, write it into the chain: `add(shift)`.
 """
 
 # No `from __future__ import annotations`: torch.fx writes the annotations of forward into its graph, and pickles types.
@@ -34,21 +34,21 @@ Init = Callable[..., Tensor]
 
 
 def parameter_name(operand: str) -> str:
-    """The name of an operand's parameter: `bias` for `add(bias)`, `add_value` for `add`."""
+    """Return the name of an operand's parameter: `bias` for `add(bias)`, `add_value` for `add`."""
     return f"{operand}_value" if operand in STAGES or operand in ALIASES else operand
 
 
 class ChainLayer(nn.Module):
-    """`chain(x, *operands)` with operands that are parameters of the layer.
+    """Compute `chain(x, *operands)` with operands that are parameters of the layer.
 
     `shapes` are the operands' shapes in the order of `chain.operands`, or by name. An operand of shape None is no
-    parameter, `forward` takes it in order or by name: `ChainLayer("gelu | add(skip)", None)(x, skip)`.
-    Parameters are drawn by `init(shape, device=..., dtype=...)`, in the operands' order: torch.randn, torch.zeros, ...
-    `backend` is that of every call; None leaves it to `use_backend`, `set_backend` and DUALOP_BACKEND.
+    parameter; `forward` takes it in order or by name: `ChainLayer("gelu | add(skip)", None)(x, skip)`. Parameters are
+    drawn by `init(shape, device=..., dtype=...)`, in the operands' order: torch.randn, torch.zeros, ... `backend`
+    applies to every call; None leaves the choice to `use_backend`, `set_backend` and DUALOP_BACKEND.
 
-    Takes and gives what the chain does: x of any shape that the operands broadcast with; float16, bfloat16, float32 or
-    float64. Raises ChainError, OperandError and BackendUnavailable (an unknown backend) here, and what the chain raises
-    in `forward`.
+    The layer takes and returns what the chain does: x of any shape that the operands broadcast with, in float16,
+    bfloat16, float32 or float64. The constructor raises ChainError, OperandError and BackendUnavailable (for an unknown
+    backend), and `forward` raises what the chain raises.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ChainLayer(nn.Module):
             self.register_parameter(name, nn.Parameter(init(_checked(operand, shape), device=device, dtype=dtype)))
 
     def operands(self, *given: Tensor, **named: Tensor) -> tuple[Tensor, ...]:
-        """All operands in the chain's order: the layer's parameters, and those given for the rest."""
+        """x"""
         return self._operands(given, named)
 
     def _operands(self, given: Any, named: Any) -> tuple[Tensor, ...]:
@@ -134,20 +134,21 @@ class ChainLayer(nn.Module):
 
 
 class LinearChain(ChainLayer):
-    """`chain(nn.Linear(in_features, out_features, bias)(x), *operands)`: a matrix product, and one kernel for the rest.
+    """Compute `chain(nn.Linear(...)(x), *operands)`: a matrix product, and one kernel for the rest.
 
-    The bias is added inside the chain's kernel: the product runs without it. Where the chain starts with an `add` of a
-    parameter of shape (out_features,), bias and that parameter have one gradient, which is summed once for both. The
-    product keeps its bias where the chain speaks of its own input `x`, which is the Linear's output, bias and all.
-    Otherwise product and chain are one Triton kernel where that is faster, with few in_features: see dualop/linear.py.
+    The Linear is `nn.Linear(in_features, out_features, bias)`. Its bias is added inside the chain's kernel: the product
+    runs without it. Where the chain starts with an `add` of a parameter of shape (out_features,), the bias and that
+    parameter have one gradient, which is summed once for both. The product keeps its bias where the chain uses its own
+    input `x`, which is the Linear's output including the bias. Otherwise product and chain are one Triton kernel where
+    that is faster, with few in_features: see dualop/linear.py.
 
-    All of that holds for an nn.Linear that nothing was done to. Whatever else is found in its place is called as any
-    module is, and the chain runs on its result: a Linear with hooks (pruning, weight_norm, spectral_norm, offloading),
-    a parametrized or quantized one, a wrapper (LoRA, FSDP), any other module. So do tracers: torch.fx and
-    torch.jit.trace find the Linear's call in the graph.
+    All of this holds for an unmodified nn.Linear. Any other module in its place is called like any module, and the
+    chain runs on its result: a Linear with hooks (pruning, weight_norm, spectral_norm, offloading), a parametrized or
+    quantized one, a wrapper (LoRA, FSDP), any other module. The same holds under tracers: torch.fx and torch.jit.trace
+    find the Linear's call in the graph.
 
     x has shape (..., in_features), the result (..., out_features). Operands are as in ChainLayer, with the shape
-    (out_features,) where none is given; one that is called `bias` takes its shape by position. `linear` is the name of
+    (out_features,) where none is given; an operand called `bias` takes its shape by position. `linear` is the name of
     the Linear among the layer's modules: "matmul" gives `matmul.weight` and `matmul.bias`.
     """
 
@@ -208,7 +209,7 @@ class LinearChain(ChainLayer):
 
 
 def with_bias(chain: Chain) -> Chain | None:
-    """The chain with a Linear's bias added in front, its first operand; None where that would be another function."""
+    """Return the chain after the addition of a Linear's bias, its first operand; None if it would differ."""
     full = len(chain.operands) == MAX_OPERANDS or len(chain.calls) == MAX_STAGES
     if full or any(call.operand == "x" for call in chain.calls):
         return None
@@ -219,7 +220,7 @@ def with_bias(chain: Chain) -> Chain | None:
 
 
 def starts_with_add(chain: Chain) -> bool:
-    """Whether the chain's first stage adds an operand that no other stage takes."""
+    """Return True if the chain's first stage adds an operand that no other stage takes."""
     first, operands = chain.calls[0], [call.operand for call in chain.calls]
     return first.stage.name == "add" and isinstance(first.operand, str) and operands.count(first.operand) == 1
 
@@ -237,7 +238,7 @@ _TENSORS = (Tensor, nn.Parameter)
 
 
 def _original(function: Any, module: Any) -> Any:
-    """The function if this module of torch wrote it; None, which is equal to no function, if it was replaced."""
+    """Return the function if this module of torch wrote it; None, which equals no function, if it was replaced."""
     return function if getattr(function, "__globals__", None) is vars(module) else None
 
 
@@ -246,10 +247,10 @@ _CALL = _original(nn.Linear.__call__, module_module)
 
 
 def is_untouched(linear: Any, x: Any) -> bool:
-    """Whether `linear(x)` is nothing but `F.linear(x, linear.weight, linear.bias)` of plain tensors.
+    """Return True if `linear(x)` is exactly `F.linear(x, linear.weight, linear.bias)` of plain tensors.
 
-    Only then may the product run without the bias, or in the chain's kernel. False where that is not certain: with
-    hooks of any kind, global ones too, a `forward` or weights of another class than usual, tracers, proxies.
+    Only then may the product run without the bias, or in the chain's kernel. Return False where that is not certain:
+    with hooks of any kind, also global ones, a `forward` or weights of another class than usual, tracers, proxies.
     """
     if type(linear) is not nn.Linear or nn.Linear.forward is not _FORWARD or nn.Linear.__call__ is not _CALL:
         return False
@@ -272,7 +273,7 @@ def is_untouched(linear: Any, x: Any) -> bool:
 
 
 class _Init:
-    """How a layer's parameters are drawn. A pickle of the layer goes without it where pickle refuses it: a lambda."""
+    """Hold how a layer's parameters are drawn; left out of a pickle that would refuse it, such as a lambda."""
 
     def __init__(self, draw: Init | None) -> None:
         self.draw = draw

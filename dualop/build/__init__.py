@@ -1,1 +1,1 @@
-"""Source text to loaded code: cache, locks, compilers, generated files. It knows no chain and no tensor."""
+"""Turn source text into loaded code: cache, locks, compilers, generated files. It knows no chain and no tensor."""

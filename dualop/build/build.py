@@ -1,14 +1,14 @@
-"""Kernel source text in, loaded shared library out: torch's `load_inline` made safe and cached on disk.
+"""Compile kernel source text to a loaded shared library, with torch's `load_inline` made safe and cached on disk.
 
     Build("chain", source, host=False, arch=(9, 0)).load()  ->  ctypes.CDLL
 
-Alone, `load_inline` hangs for ever after a killed build, gives one process the library of another that chose the same
-name, forgets what the compiler said, and builds no CUDA library beside a CPU-only torch. Here
+`load_inline` alone hangs forever after a killed build, gives one process the library of another that chose the same
+name, discards the compiler's output, and builds no CUDA library beside a CPU-only torch. This module changes that:
 
-- a library's folder is named by a hash of all that it depends on, so that two different ones never meet;
-- one build of it runs at a time, under a lock that the kernel releases when its holder dies;
-- a build runs in a folder of its own and its library is renamed into place when it is whole;
-- a library that lies on disk is loaded without a compiler, a subprocess, or `torch.utils.cpp_extension`.
+- The folder of a library is named by a hash of everything that it depends on, so two different libraries never meet.
+- One build of it runs at a time, under a lock that the kernel releases when the holder dies.
+- A build runs in a folder of its own, and its library is renamed into place when it is complete.
+- A library on disk is loaded without a compiler, a subprocess, or `torch.utils.cpp_extension`.
 
 Layout of the cache: `PREFIX_CONTENT_COMPILER/` with the library, `source.cu` or `source.cpp`, `build.log` (registers
 and spills of every kernel, or the errors) and `lock`. Any of these folders may be deleted at any time.
@@ -65,7 +65,7 @@ _undo: list[Callable[[], None]] = []  # what puts them back
 
 
 def _in_child() -> None:
-    """Forked while another thread builds: that thread is not there to unlock and to put back what it changed."""
+    """Unlock in a forked child and undo what a building thread had changed, since the child lacks that thread."""
     global _one_in_this_process
     _one_in_this_process = threading.Lock()
     while _undo:
@@ -77,7 +77,7 @@ locks.in_child(_in_child)
 
 @dataclass(frozen=True)
 class Build:
-    """A shared library to be had from `source`: CUDA C++ text that includes nothing but system headers.
+    """Describe a shared library to be built from `source`: CUDA C++ text that includes nothing but system headers.
 
     `host` compiles it with the C++ compiler instead of nvcc. `arch` is the compute capability to compile for, such as
     (9, 0), None for that of the current GPU; TORCH_CUDA_ARCH_LIST, where set, takes precedence over both. `prefix` only
@@ -90,10 +90,10 @@ class Build:
     arch: tuple[int, int] | None = None
 
     def try_load(self) -> ctypes.CDLL | None:
-        """The library if it lies in the cache, else None (too if it is there and cannot be loaded).
+        """Return the library if it is in the cache, else None. A library that cannot be loaded also gives None.
 
-        Starts no process and writes nothing. Where there is no compiler any more, the library of any compiler will do.
-        Raises BackendUnavailable if no architecture is known to compile for.
+        It starts no process and writes nothing. Without a compiler on this machine, the library of any compiler is
+        accepted. Raises BackendUnavailable if no architecture is known to compile for.
         """
         if self._compilers_found():
             return _opened(self.library)
@@ -104,7 +104,7 @@ class Build:
         return next((library for library in map(_opened, others) if library), None)
 
     def build(self) -> Path:
-        """Path of the library, compiled now unless another process just did; waits for one that is at it.
+        """Return the path of the library; compile it, or wait for another process that is compiling it.
 
         Raises BackendUnavailable if a tool or an architecture is missing or the cache cannot be written, and
         BuildError, with the first error line and the log, if the compiler fails.
@@ -123,7 +123,7 @@ class Build:
         return self.library
 
     def load(self) -> ctypes.CDLL:
-        """The library, from the cache or built. Raises what `build` raises."""
+        """Return the library, from the cache or newly built. Raises what `build` raises."""
         library = self.try_load()
         if library is None:
             library = ctypes.CDLL(str(self.build()))
@@ -131,7 +131,7 @@ class Build:
 
     @cached_property
     def name(self) -> str:
-        """Name of the folder and of the library in it. Raises BackendUnavailable if no architecture is known."""
+        """Return the name of the library and its folder. Raises BackendUnavailable if no architecture is known."""
         stamps = "\n".join(map(_stamp, self._compilers()))
         return f"{self.prefix}_{self._content}_{_digest(stamps)[:8]}"
 
@@ -145,7 +145,7 @@ class Build:
 
     @property
     def log(self) -> Path:
-        """What the compiler said when the library was built, or why it was not."""
+        """Return what the compiler printed when the library was built, or why it was not built."""
         return self.folder / "build.log"
 
     @cached_property
@@ -159,7 +159,7 @@ class Build:
 
     @cached_property
     def _architecture(self) -> str:
-        """TORCH_CUDA_ARCH_LIST's text, or flags of nvcc; "" on the host."""
+        """Return the text of TORCH_CUDA_ARCH_LIST, or flags of nvcc; "" on the host."""
         if self.host:
             return ""
         listed = _arch_list()
@@ -186,7 +186,7 @@ class Build:
         return None not in self._compilers()
 
     def _compile(self) -> None:
-        """Builds in a folder of its own: what an earlier, killed build started may still be writing into that one's."""
+        """Compile in a new folder, because children of an earlier, killed build may still write into the old one."""
         try:
             for left in self.folder.glob("build-*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -225,7 +225,7 @@ class Build:
             raise BuildError(f"{first}\n(compiling {source}; the whole log: {self.log})", self.log, first) from failure
 
     def _made(self, work: Path) -> Path:
-        """The library, compiled in `work` from the source. Whatever is raised becomes a BuildError."""
+        """Compile the source in `work` and return the library. Every exception becomes a BuildError."""
         arch_list = self._architecture if self._architecture and not self._architecture.startswith("-") else None
         with _one_in_this_process, _prepared(work, None if self.host else cuda_home(), arch_list) as link_flags:
             return self._load_inline(work, link_flags)
@@ -254,7 +254,7 @@ class Build:
 
 @contextmanager
 def _prepared(work: Path, cuda: Path | None, arch_list: str | None = None) -> Iterator[list[str]]:
-    """What load_inline needs to find, for the time of one build; gives the linker's flags. `cuda`: None on the host."""
+    """Set up what load_inline needs during one build, and yield the linker's flags. `cuda` is None on the host."""
     with locks.brief:
         from torch.utils import cpp_extension
 
@@ -307,7 +307,7 @@ def _prepared(work: Path, cuda: Path | None, arch_list: str | None = None) -> It
 
 
 def _plain_folder(staging: Path) -> Path:
-    """The folder itself if its path is one that ninja and every shell take, else a new temporary one that is."""
+    """Return the folder if ninja and every shell accept its path, else a new temporary one that they accept."""
     if _PLAIN.fullmatch(str(staging)):
         return staging
     above = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
@@ -320,13 +320,13 @@ def _plain_folder(staging: Path) -> Path:
 
 
 def _arch_list() -> str:
-    """TORCH_CUDA_ARCH_LIST without the blanks and empty items that torch takes for names; "" if it lists nothing."""
+    """Return TORCH_CUDA_ARCH_LIST without blanks and empty items, which torch takes for names; "" if none is left."""
     items = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     return "" if items == ["native"] else ";".join(items)
 
 
 def missing_tools(host: bool) -> list[str]:
-    """What a build lacks on this machine, each with what to do about it; empty if nothing."""
+    """Return what a build lacks on this machine, each with advice; empty if nothing is missing."""
     missing, chosen = [], os.environ.get("CXX")
     if find_cxx() is None:
         missing.append(f"CXX={chosen} is not there: set CXX to a C++ compiler" if chosen else "no g++: install it")
@@ -338,7 +338,7 @@ def missing_tools(host: bool) -> list[str]:
 
 
 def cxx_command() -> list[str]:
-    """The C++ compiler and what CXX gives it along: a program if CXX as a whole is one, else the words of a command."""
+    """Return the words of the C++ compiler's command from CXX, or CXX as one word if it is a program as a whole."""
     text = os.environ.get("CXX") or "c++"
     words = [text]
     if _which(text) is None:
@@ -350,7 +350,7 @@ def cxx_command() -> list[str]:
 
 
 def _cxx_problem() -> str:
-    """What is said instead of the C++ compiler's version where it cannot be started, else ""."""
+    """Return why the C++ compiler cannot be started, else ""."""
     try:
         done = subprocess.run([*cxx_command(), "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -359,17 +359,17 @@ def _cxx_problem() -> str:
 
 
 def find_cxx() -> Path | None:
-    """The C++ compiler that a build calls; of CXX="ccache g++" the first word."""
+    """Return the path of the C++ compiler that a build calls; of CXX="ccache g++" it is the first word."""
     return _which(cxx_command()[0])
 
 
 def find_ninja() -> Path | None:
-    """ninja on PATH, or beside this Python."""
+    """Return the path of ninja on PATH, or beside this Python."""
     return _which("ninja") or _which("ninja", sysconfig.get_path("scripts"))
 
 
 def cuda_home() -> Path | None:
-    """Root of the CUDA toolkit: CUDA_HOME or CUDA_PATH where set, else that of the nvcc on PATH, else the usual place.
+    """Return the root of the CUDA toolkit: CUDA_HOME or CUDA_PATH, else that of the nvcc on PATH, else the usual place.
 
     An nvcc on PATH may be a script that calls the real one, so a root counts only with CUDA's headers in it.
     """
@@ -385,7 +385,7 @@ def cuda_home() -> Path | None:
 
 
 def first_error(log: str) -> str:
-    """The first line of a compiler's output that speaks of an error, else its last line that says anything."""
+    """Return the first line of a compiler's output that mentions an error, else its last line that is not empty."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "no output")
 
@@ -405,7 +405,7 @@ def _opened(library: Path) -> ctypes.CDLL | None:
 
 
 def _stamp(compiler: Path | None) -> str:
-    """What changes when a compiler is replaced; asking it for its version would cost a process at every start."""
+    """Return what changes when a compiler is replaced. Asking for its version would start a process every time."""
     if compiler is None:
         return "none"
     real = compiler.resolve()

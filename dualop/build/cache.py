@@ -1,8 +1,8 @@
-"""The folder where builds, generated Triton files and tuned launches are kept, and what happens where there is none.
+"""Find the folder where builds, generated Triton files and tuned launches are kept, or a substitute for it.
 
     folder()            DUALOP_CACHE_DIR, else the user's cache folder, else a private temporary folder
-    found()             the same without a word, for `dualop doctor`
-    write(path, text)   a file that other processes read is there as a whole or not at all
+    found()             the same without a warning, for `dualop doctor`
+    write(path, text)   writes a file that other processes read: it is complete or not there
     unwritable(error)   the error to raise when writing there failed
 
 A container may run as a user without a name and a home, or with the home of another user. Then the folder is
@@ -29,7 +29,7 @@ _warned: set[Path] = set()
 
 
 def folder() -> Path:
-    """The cache's folder, which may not be there yet. Raises BackendUnavailable where there can be none."""
+    """Return the cache's folder, which may not exist yet. Raises BackendUnavailable where there can be none."""
     path, problem = found()
     if problem:
         with suppress(OSError):
@@ -42,12 +42,12 @@ def folder() -> Path:
 
 
 def unwritable(error: Exception) -> BackendUnavailable:
-    """The error that says that the cache cannot be written to, and what to do."""
+    """Return the error for a cache that cannot be written to; its message says what to do."""
     return BackendUnavailable(f"cannot write to {folder()} ({error}): {REMEDY}")
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file as a whole, readable to whom this user's other files are. Raises OSError."""
+    """Write a file atomically, with the permissions of this user's other files. Raises OSError."""
     new = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     new.write_text(text, "utf-8")
     os.replace(new, path)
@@ -65,7 +65,7 @@ def usable(path: Path) -> bool:
 
 
 def found() -> tuple[Path, str]:
-    """The folder, and why it is a temporary one, or ""; warns of nothing. Raises what `folder` raises."""
+    """Return the folder, and why it is a temporary one or "". It never warns, and raises what `folder` raises."""
     chosen = os.environ.get("DUALOP_CACHE_DIR")
     if not chosen:
         return _of_user(tuple(os.environ.get(name) for name in _VARIABLES))
@@ -106,7 +106,7 @@ def _private(problem: str) -> Path:
 
 
 def _check(path: Path, problem: str) -> None:
-    """Raise BackendUnavailable unless the folder is this user's own: the libraries in it are loaded."""
+    """Raise BackendUnavailable unless the folder belongs to this user, because libraries in it are loaded."""
     try:
         found = path.lstat()  # of a link itself, which another user may have put there
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Generated Python: written to the cache under a name of its content, imported from there, where Triton reads it."""
+"""Write generated Python to the cache under a name of its content, and import it from there, where Triton reads it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dualop.build import cache, locks
 
 
 def imported(text: str) -> ModuleType:
-    """The module of this text. Raises BackendUnavailable where the cache cannot be written to."""
+    """Return the module with this text. Raises BackendUnavailable where the cache cannot be written to."""
     name = f"triton_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     folder = cache.folder()
     path = folder / f"{name}.py"

@@ -1,4 +1,6 @@
-"""Locks that a forked child does not inherit closed: fork copies a lock's state, but not the thread that would open it.
+"""Provide locks that a forked child does not inherit closed.
+
+fork copies the state of a lock, but not the thread that would open it.
 
     with locks.brief:               a moment's work (a list changed, a module imported): fork waits for its end
     with locks.file(path):          one process at a time; the kernel opens it when its holder dies
@@ -26,14 +28,14 @@ _files: set[int] = set()  # descriptors whose locks this process holds or waits 
 
 
 def in_child(function: Callable[[], object]) -> None:
-    """Have `function` called in every child that is forked from now on, before anything else runs there."""
+    """Call `function` in every child that is forked from now on, before anything else runs there."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=function)
 
 
 @contextmanager
 def file(path: str | Path) -> Iterator[None]:
-    """Hold the lock of a file, which is made if need be and stays. Raises OSError where there can be no lock."""
+    """Hold the lock of a file, which is created if needed and stays. Raises OSError where there can be no lock."""
     import fcntl
 
     with brief:  # a child that had the descriptor and did not know of it would keep the lock for its own lifetime
@@ -60,7 +62,7 @@ in_child(_close_files)
 
 
 class cached_property(Generic[T]):
-    """functools.cached_property as of Python 3.12; before, it computes under a lock that a child inherits."""
+    """Provide functools.cached_property of Python 3.12; earlier ones hold a lock that a forked child inherits."""
 
     def __init__(self, function: Callable[[Any], T]) -> None:
         self.function, self.__doc__ = function, function.__doc__

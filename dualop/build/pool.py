@@ -1,4 +1,4 @@
-"""One function on many tasks, in processes of their own: what compilers are called by."""
+"""Run one function on many tasks in processes of their own, which is how compilers are called."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 def each(
     function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], most: int, progress: Callable[[int, int], None]
 ) -> None:
-    """function(*task) for each task, in as many processes as there are cores, at most `most`.
+    """Call function(*task) for each task, in as many processes as there are cores, at most `most`.
 
-    Function and tasks are pickled. `progress(done, total)` is called after each. Raises the first task's error
-    after all have ended.
+    Function and tasks are pickled. `progress(done, total)` is called after each task. When all tasks have ended, the
+    error of the first task that failed is raised.
     """
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context

@@ -1,4 +1,4 @@
-"""Where the kernels' sources lie: inside the package in a wheel, beside it in a checkout."""
+"""Find the kernels' sources: inside the package in a wheel, beside it in a checkout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"\n', re.MULTILINE)
 
 
 def folder(name: str) -> Path:
-    """The folder `name` ("cuda", "triton_kernels") that belongs to this installation of dualop."""
+    """Return the folder `name` ("cuda", "triton_kernels") that belongs to this installation of dualop."""
     for parent in dualop.__path__:
         if (Path(parent) / name).is_dir():
             return Path(parent) / name
@@ -21,9 +21,9 @@ def folder(name: str) -> Path:
 
 @lru_cache(maxsize=None)
 def cuda_header(name: str, host: bool) -> str:
-    """The text of `cuda/NAME` with the headers that it includes from the same folder put in, each once.
+    """Return the text of `cuda/NAME` with its included headers from the same folder inserted, each once.
 
-    `host` chooses what lies under the kernels: the header for the CPU or the one for the GPU.
+    `host` selects the layer under the kernels: the header for the CPU or the one for the GPU.
     """
     seen: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""The command line, one command a file.
+"""Provide the command line, one command per file. Each module imports the rest of dualop late.
 
 torch, triton and the kernels are imported inside the commands, so that `--help` is quick.
 """
@@ -15,5 +15,5 @@ for command in commands:
 
 
 def main() -> None:
-    """The entry point of the script `dualop`."""
+    """Run the script `dualop`."""
     app(prog_name="dualop")

@@ -1,4 +1,4 @@
-"""The application that the commands register with, and how errors end a command."""
+"""Define the application that the commands register with, and how errors end a command."""
 
 from __future__ import annotations
 

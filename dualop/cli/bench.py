@@ -1,4 +1,4 @@
-"""`dualop bench`."""
+"""Define the command `dualop bench`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
     json_file: Json = None,
 ) -> None:
-    """Time a chain forward and backward beside a device copy, torch eager and torch.compile; checked before timed."""
+    """Time a chain beside a device copy, torch eager and torch.compile, and check the results before timing."""
     device = options.device()
     import dualop
     from dualop.bench import linear95, measure, table, workloads

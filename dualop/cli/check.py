@@ -1,4 +1,4 @@
-"""`dualop check`."""
+"""Define the command `dualop check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dualop doctor`."""
+"""Define the command `dualop doctor`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dualop.cli.options import Json
 
 
 def doctor(json_file: Json = None) -> None:
-    """Say what this machine has of what dualop needs, which backends run here, and what to install for the others."""
+    """Report what this machine has and lacks, which backends run here, and what to install for the others."""
     from dualop.machine import doctor as examination
 
     report = examination.examine()

@@ -1,4 +1,4 @@
-"""`dualop emit`."""
+"""Define the command `dualop emit`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def emit(
 ) -> None:
     """Write one self-contained file in KernelBench's form: ModelNew with the chain's kernels, forward and backward.
 
-    Without options: level 2, problem 95.
+    Without options, the model is that of level 2, problem 95.
     """
     from dualop.emit.file import emit as emitted
     from dualop.emit.file import parse_operands

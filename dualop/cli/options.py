@@ -1,4 +1,4 @@
-"""What several commands take: options, and what their texts mean (device, backends, dtypes)."""
+"""Define the options that several commands take, and what their texts mean (device, backends, dtypes)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Backends = Annotated[str, typer.Option("--backend", help="cuda, triton, referenc
 
 
 def device() -> torch.device:
-    """Where kernels run. Call it before importing dualop's modules: without a GPU it switches interpreting on."""
+    """Return where kernels run, and turn interpreting on without a GPU: call it before importing dualop's modules."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -30,7 +30,7 @@ def device() -> torch.device:
 
 
 def backends(asked: str, chain: Any, device: torch.device) -> tuple[list[str], dict[str, list[str]]]:
-    """The backends to run, and for `all` the reasons of those that cannot; one asked for by name raises."""
+    """Return the backends to run, and for `all` why the others cannot run; a backend chosen by name raises instead."""
     from dualop.backends.registry import BACKENDS, resolve
     from dualop.errors import BackendUnavailable
 
@@ -46,7 +46,7 @@ def backends(asked: str, chain: Any, device: torch.device) -> tuple[list[str], d
 
 
 def dtypes(text: str) -> list[str]:
-    """Names of dtypes from a text with commas, short forms (bf16) among them, or `all`; raises DtypeError."""
+    """Return the dtypes named in a text with commas, short forms (bf16) included, or `all`. Raises DtypeError."""
     from dualop.errors import DtypeError
     from dualop.numerics.cases import DTYPES
 

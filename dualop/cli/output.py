@@ -1,4 +1,4 @@
-"""What commands print and write: the console, progress bars, files."""
+"""Provide what commands print and write: the console, progress bars, files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prepare(calls: Sequence[Any], step: Callable[[int, int], None]) -> None:
 
 @contextlib.contextmanager
 def bars(out: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Progress bars: `bar("checking")` gives a function of (done, total)."""
+    """Yield progress bars: `bar("checking")` returns a function of (done, total)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -51,7 +51,7 @@ def bars(out: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
 
 @contextlib.contextmanager
 def steps(out: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """One bar of `total` steps: the function it gives says what the next one is."""
+    """Yield one bar of `total` steps: a function to call with the name of the next step."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -61,7 +61,7 @@ def steps(out: Console, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def write(path: Path | None, content: dict[str, Any] | str, option: str = "--json") -> None:
-    """Write JSON or text to the file that `option` named, if it did, and make its folder."""
+    """Write JSON or text to the file that `option` names, if it names one, and create its folder."""
     if path is None:
         return
     text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False) + "\n"

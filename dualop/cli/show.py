@@ -1,4 +1,4 @@
-"""`dualop show` and `dualop stages`: what there is to look at."""
+"""Define the commands `dualop show` and `dualop stages`."""
 
 from __future__ import annotations
 

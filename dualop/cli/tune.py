@@ -1,4 +1,4 @@
-"""`dualop tune`."""
+"""Define the command `dualop tune`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def tune(
 ) -> None:
     """Search for the fastest launch (tile, threads, rows a thread) and keep it on disk, where later calls find it.
 
-    By GPU, chain, dtype and shape, rounded up to powers of two. A launch is kept once its results are right.
+    An entry belongs to one GPU, chain, dtype and shape, rounded up to powers of two. A launch is kept if its results
+    are right.
     """
     asked = os.environ.get("DUALOP_INTERPRET", "") not in ("", "0")  # options.device() sets it where there is no GPU
     device = options.device()

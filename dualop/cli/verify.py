@@ -1,4 +1,4 @@
-"""`dualop verify`."""
+"""Define the command `dualop verify`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def verify(
 ) -> None:
     """Compare forward and derivative with float64 on every number of a dtype; exit 1 on an error beyond its limit.
 
-    Chains of one variable: operands are numbers. Without a GPU, kernels are interpreted and float32 is sampled.
+    Chains have one variable: operands are numbers. Without a GPU, kernels are interpreted and float32 is sampled.
     """
     device = options.device()
     import dualop

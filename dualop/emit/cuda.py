@@ -1,4 +1,4 @@
-"""The CUDA part of an emitted file: of the kernels in `cuda/` what a chain uses, and Python that launches them."""
+"""Write the CUDA part of an emitted file: the part of the kernels that a chain uses, and Python that launches them."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ _CUTS = re.compile(r"(Cut<[^<>]*>), (Cut<[^<>]*>), (?=\w)")
 
 
 def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
-    """The part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`."""
+    """Return the part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`."""
     compiled = [f"    {dtype}: {_compiled(chain, plan, dtype)!r},".replace("'", '"') for dtype in DTYPES]
     filled = {
         "@SOURCE@": _source(chain, plan),
@@ -164,7 +164,7 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
 
 
 def _problem(chain: Chain, plan: emit_launch.Plan, dtype: torch.dtype) -> str:
-    """The chain and the problem as types."""
+    """Return the chain and the problem as C++ types."""
     inputs = tuple((dtype, kind) for kind in plan.kinds)
     text = cuda.source(chain, (dtype, inputs, plan.view.narrow), host=False)
     return text[text.index("using TheChain") : text.index("\n}\nDUALOP_LIBRARY")]
@@ -177,7 +177,7 @@ def _compiled(chain: Chain, plan: emit_launch.Plan, dtype: torch.dtype) -> tuple
 
 
 def _source(chain: Chain, plan: emit_launch.Plan) -> str:
-    """The kernels in any dtype: DTYPE, FORWARD_CUT and BACKWARD_CUT are defined in front of them."""
+    """Return the kernels in any dtype: DTYPE, FORWARD_CUT and BACKWARD_CUT are defined in front of them."""
     problem = _CUTS.sub("FORWARD_CUT, BACKWARD_CUT, ", _problem(chain, plan, torch.float32))
     filled = {
         "@INDEX@": "int" if plan.view.narrow else "long long",

@@ -1,11 +1,11 @@
-"""One self-contained file of a model with a fused tail, in the form that KernelBench takes.
+"""Write one self-contained file of a model with a fused tail, in the form that KernelBench takes.
 
     text = emit("add | swish | tanh | gelu | hardtanh(-1, 1)", "linear:8192x8192", "cuda")
 
-The file needs torch alone (and nvcc or triton, by the backend). It has `ModelNew`, `get_inputs` and `get_init_inputs`,
-the kernels of the library trimmed to what the chain uses, and a small autograd.Function around them. KernelBench's
-rules shape it: no handling of exceptions, weights drawn in the order of the written-out model, kernels that are seen to
-be there. It may be executed as a string (CUDA) or imported as a module (either).
+The file needs torch alone (and nvcc or triton, depending on the backend). It has `ModelNew`, `get_inputs` and
+`get_init_inputs`, the kernels of the library trimmed to what the chain uses, and a small autograd.Function around them.
+Its form follows KernelBench's rules: it handles no exceptions, draws weights in the order of the written-out model, and
+shows its kernels. It can be executed as a string (CUDA) or imported as a module (either backend).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def get_init_inputs():
 
 @dataclass(frozen=True)
 class Model:
-    """What stands in front of the tail: a Linear, or nothing (`linear` is then "", and `shape` is that of x)."""
+    """Describe what precedes the tail: a Linear, or nothing (then `linear` is "" and `shape` is that of x)."""
 
     shape: Shape
     linear: str = ""
@@ -118,7 +118,7 @@ def emit(
     linear: str = "matmul",
     shapes: Mapping[str, Shape] | None = None,
 ) -> str:
-    """The file's text; the same arguments give the same text.
+    """Return the text of the file; the same arguments give the same text.
 
     `model` is linear:INxOUT, for nn.Linear(IN, OUT, bias) under the name `linear` and inputs of (batch, IN), or
     input:AxBx..., for the chain alone on inputs of this shape. An operand is a parameter, drawn by torch.randn, with
@@ -175,7 +175,7 @@ def emit(
 
 
 def parse_operands(texts: Sequence[str]) -> dict[str, Shape]:
-    """Shapes as the command line has them: `scale=1`, `shift=1x8192`, `alpha=scalar`."""
+    """Return the shapes from a command line such as `scale=1`, `shift=1x8192`, `alpha=scalar`."""
     shapes = {}
     for text in texts:
         match = re.fullmatch(r"(\w+)=(scalar|\d+(?:x\d+)*)", text)
@@ -208,7 +208,7 @@ def _check(operand: str, taken: Sequence[str]) -> None:
 
 
 def _constructor(chain: Chain, model: Model, shapes: Sequence[Shape]) -> dict[str, str]:
-    """The parameters of ModelNew and what it does with them, weights in the order of the written-out model."""
+    """Return the code for ModelNew's parameters and their use, with weights in the order of the written-out model."""
     names = [parameter_name(name) for name in chain.operands]
     parameters = ["self", *(("in_features", "out_features") if model.linear else ()), *(f"{n}_shape" for n in names)]
     numbers = [a for call in chain.calls for a in call.arguments if isinstance(a, float) and math.isfinite(a)]

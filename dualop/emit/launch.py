@@ -1,7 +1,7 @@
-"""The part of an emitted file that both kernel languages share: its tensors as rows and columns, and how they are cut.
+"""Write the part of an emitted file that both kernel languages share: tensors as rows and columns, and their cuts.
 
-The rules are the library's own text, from dualop/launch/grid.py and dualop/launch/layout.py, so that a file launches
-what the library would. What depends on nothing but the model's shape is written down as numbers.
+The rules are the library's own text, from dualop/launch/grid.py and dualop/launch/layout.py, so a file launches what
+the library would. Values that depend only on the model's shape are written as numbers.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def layout_of(shape, dtype):
 
 @dataclass(frozen=True)
 class Plan:
-    """What an emitted file knows of its tail's tensors.
+    """Hold what an emitted file knows of its tail's tensors.
 
     `view` is the library's layout of z and the operands, `trailing` what z's shape must end in, any batch in front of
     it, and `names` are the operands'.
@@ -103,12 +103,12 @@ class Plan:
 
     @property
     def folded(self) -> bool:
-        """Whether nothing runs along the columns alone, so that rows may be cut anywhere."""
+        """Return True if nothing runs along the columns alone, so that rows may be cut anywhere."""
         return set(self.kinds) <= {FULL, 0}
 
 
 def plan(shape: Shape, operands: Mapping[str, Shape]) -> Plan:
-    """The plan for z of this shape. Raises OperandError for operands that no single pass over z can read."""
+    """Return the plan for z of this shape. Raises OperandError for operands that no single pass over z can read."""
     shapes = tuple(operands.values())
     for name, given in operands.items():
         if len(given) > len(shape) or any(n not in (1, m) for n, m in zip(given[::-1], shape[::-1], strict=False)):
@@ -134,7 +134,7 @@ def _meta(shape: Shape, operands: Sequence[Shape]) -> tuple[torch.Tensor, list[t
 
 
 def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any], tall: Mapping[Any, Any]) -> str:
-    """Python text: `layout_of(shape, dtype)`, FORWARD, BACKWARD, `forward_grid` and `backward_grid`.
+    """Return Python text: `layout_of(shape, dtype)`, FORWARD, BACKWARD, `forward_grid` and `backward_grid`.
 
     `forward` and `backward` are the grid.Cut of each dtype, or of its size, `tall` its grid.Tall.
     The text needs functools, math, torch and NamedTuple.
@@ -161,7 +161,7 @@ def emitted(plan: Plan, forward: Mapping[Any, Any], backward: Mapping[Any, Any],
 
 
 def copied(*objects: Any) -> str:
-    """Their source, readable without this library: public names, and named tuples in place of dataclasses.
+    """Return their source, readable without this library: public names, and named tuples in place of dataclasses.
 
     A dataclass looks for its module in sys.modules, which a file that is executed as a string has not.
     """

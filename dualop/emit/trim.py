@@ -1,8 +1,8 @@
-"""C++ headers without the declarations that nobody calls.
+"""Remove from C++ headers the declarations that nobody calls.
 
-No parser: it relies on how the headers in `cuda/` are written. A declaration ends in a line with ; or } at its end and
-all braces closed, a namespace opens and closes on a line of its own. What a name may mean is decided by its namespace
-alone, so overloads stay together.
+There is no parser: the module relies on how the headers in `cuda/` are written. A declaration ends in a line with ; or
+} at its end and all braces closed, and a namespace opens and closes on a line of its own. The namespace alone decides
+what a name may mean, so overloads stay together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _QUALIFIER = re.compile(r"(\w*)::$")
 
 @dataclass
 class Item:
-    """A declaration of a header with the comment above it, or a comment that stands alone (it declares no names)."""
+    """Hold a declaration of a header with the comment above it, or a comment that stands alone and declares no names."""
 
     namespace: str
     lines: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Item:
 
 
 def items(header: str) -> Iterator[Item]:
-    """The declarations of a header, in order."""
+    """Return the declarations of a header, in order."""
     spaces: list[str] = []
     item, depth = Item(""), 0
     for line in header.splitlines():
@@ -58,7 +58,7 @@ def items(header: str) -> Iterator[Item]:
 
 
 def _declared(text: str) -> tuple[str, ...]:
-    """The names that a declaration gives to others; () for a directive."""
+    """Return the names that a declaration defines; () for a directive."""
     code = re.sub(r"//.*|alignas\(\d+\)|__launch_bounds__\([^()]*\)", "", text).strip()
     code = re.sub(r"^template <[^{(]*?>\s+(?=[a-zA-Z_])", "", code)
     if code.startswith("#"):
@@ -72,7 +72,7 @@ def _declared(text: str) -> tuple[str, ...]:
 
 
 def trimmed(header: str, roots: str) -> str:
-    """`cuda/HEADER` for a GPU, behind what it includes; of all that only what the C++ text `roots` leads to."""
+    """Return `cuda/HEADER` for a GPU after its includes, reduced to what the C++ text `roots` leads to."""
     headers = [(name, (folder("cuda") / name).read_text("utf-8")) for name in _order(header)]
     parsed = [(name, text.splitlines(), list(items(_INCLUDES.sub("", text)))) for name, text in headers]
     every: dict[tuple[str, str], list[Item]] = {}
@@ -92,14 +92,14 @@ def trimmed(header: str, roots: str) -> str:
 
 
 def _order(name: str) -> list[str]:
-    """The header and those that it includes, each behind what it needs."""
+    """Return the header and those that it includes, each after the headers that it needs."""
     name = "device.cuh" if name == "platform.cuh" else name
     needed = re.findall(r'^#include "(\w+\.cuh)"', (folder("cuda") / name).read_text("utf-8"), re.MULTILINE)
     return list(dict.fromkeys([*(below for one in needed for below in _order(one)), name]))
 
 
 def _mentioned(item: Item) -> Iterator[tuple[str, str]]:
-    """What the item may speak of, as (namespace, name). `::exp` is nobody's, and `Stage::x` may be dualop's x."""
+    """Return the (namespace, name) pairs that the item may mean; `::exp` is none, `Stage::x` may be dualop's x."""
     code = re.sub(r"//.*", "", "\n".join(item.lines))
     for match in _NAME.finditer(code):
         qualifier = _QUALIFIER.search(code, max(0, match.start() - 40), match.start())
@@ -109,7 +109,7 @@ def _mentioned(item: Item) -> Iterator[tuple[str, str]]:
 
 
 def _section(header: str, found: Sequence[Item], kept: set[int]) -> str:
-    """The kept items of a header with its opening comment and those comments that still head something."""
+    """Return the kept items of a header, its opening comment, and the comments that still head something."""
     lines, space, heading, apart = [f"// ==== cuda/{header} {'=' * (106 - len(header))}"], "", [], True
     for item in found:
         apart |= item.apart

@@ -1,8 +1,8 @@
-"""The Triton part of an emitted file: the functions that a chain's kernels call, in one namespace, and their launch.
+"""Write the Triton part of an emitted file: the functions that a chain's kernels call, and their launch.
 
-The chain's own file is written by `triton_kernels/generate.py`, the others are read from `triton_kernels/`. Functions
-of `stages` get the prefix `stage_`, since `math` has some of the same names, and what `platform` takes from libdevice
-is called there.
+All functions are in one namespace. The chain's own file is written by `triton_kernels/generate.py`, the others are read
+from `triton_kernels/`. Functions of `stages` get the prefix `stage_`, since `math` has some of the same names, and what
+`platform` takes from libdevice is called there.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ _MODULES = ("platform", "single", "math", "stages", "tile", "chain")
 
 @dataclass
 class Function:
-    """A function or constant of a module: its text with the comment above it, its tree, and its name when emitted."""
+    """Hold a function or constant of a module: its text with the comment above, its tree, and its emitted name."""
 
     module: str
     name: str
@@ -139,7 +139,7 @@ Key = tuple[str, str]
 
 
 def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
-    """The part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`."""
+    """Return the part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`."""
     texts = {name: (folder("triton_kernels") / f"{name}.py").read_text("utf-8") for name in _MODULES[:-1]}
     texts["chain"] = triton.source(chain, plan.kinds)
     library = Library(texts)
@@ -160,7 +160,7 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
 
 
 class Library:
-    """The functions of the modules and what their names mean in each."""
+    """Collect the functions of the modules, and what their names mean in each."""
 
     def __init__(self, texts: dict[str, str]) -> None:
         self.functions: dict[Key, Function] = {}
@@ -198,13 +198,13 @@ class Library:
         self.functions[module, name] = Function(module, name, text, tree, first)
 
     def imports(self, text: str) -> list[str]:
-        """The lines that import what `text` takes from Triton's own packages."""
+        """Return the lines that import what `text` takes from Triton's own packages."""
         used = sorted(name for name in self.outside if re.search(rf"\b{name}\b", text))
         places = dict.fromkeys(self.outside[name] for name in used)
         return [f"from {p} import {', '.join(n for n in used if self.outside[n] == p)}" for p in places]
 
     def flattened(self, *roots: Key) -> str:
-        """The text of all functions that the roots lead to, in the order of the modules, with their emitted names."""
+        """Return the text of all functions that the roots lead to, in the order of the modules, with emitted names."""
         kept: dict[Key, str] = {}
         todo = list(roots)
         while todo:
@@ -226,7 +226,7 @@ class Library:
         return "\n\n\n".join(parts) + "\n\n"
 
     def _renamed(self, function: Function) -> tuple[str, list[Key]]:
-        """The text with the emitted names, and what it calls."""
+        """Return the text with the emitted names, and what it calls."""
         lines = function.text.split("\n")
         edits, called = [], []
         for node, key in self._references(function):
@@ -261,7 +261,7 @@ class Library:
                     yield node, key
 
     def _module(self, module: str, named: ast.expr, own: set[str]) -> str | None:
-        """The module of ours that an expression such as `math` or `math.platform` means in `module`."""
+        """Return the module of ours that an expression such as `math` or `math.platform` means in `module`."""
         if isinstance(named, ast.Name):
             return None if named.id in own else self.modules.get((module, named.id))
         outer = self._module(module, named.value, own) if isinstance(named, ast.Attribute) else None
@@ -269,7 +269,7 @@ class Library:
 
 
 def _on_gpu(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module; of `if INTERPRETED` those of the other branch."""
+    """Return the statements of a module; `if INTERPRETED` contributes those of its other branch."""
     for statement in body:
         if isinstance(statement, ast.If) and ast.unparse(statement.test) == "INTERPRETED":
             yield from statement.orelse

@@ -1,1 +1,1 @@
-"""How a call lies in memory and is cut into blocks. It knows shapes, strides and GPUs, and no kernel."""
+"""Describe how a call lies in memory and is cut into blocks. It knows shapes, strides and GPUs, and no kernel."""

@@ -1,15 +1,15 @@
-"""How a layout is cut into programs: the same rule for both kernel languages, in tiles of rows and columns.
+"""Cut a layout into programs: the same rule for both kernel languages, in tiles of rows and columns.
 
 The heuristic, which knows the dtype, the shape and the number of multiprocessors (SMs):
 
-1. Each backend has a Cut for each dtype and direction (FORWARD and BACKWARD in `dualop/backends/`), as searched for on
+1. Each backend has a Cut for each dtype and direction (FORWARD and BACKWARD in `dualop/backends/`), found by a search on
    large tensors. Where registers would not suffice, in long chains, `resident` is 1.
 2. `Tall.fitted`: where gradients are summed along the columns, a program takes all rows if there are few, or if it can
    have a multiprocessor to itself.
-3. `across` threads lie side by side as far as there are columns; those that are left lie along the rows.
-4. `forward_grid` has a program for each tile, `backward_grid` as many as sums of gradients want.
+3. `across` threads lie side by side as far as there are columns; the remaining threads lie along the rows.
+4. `forward_grid` has a program for each tile, `backward_grid` as many programs as suit the sums of gradients.
 
-What `dualop tune` found for a chain, dtype and shape (dualop/launch/tuned.py) takes the place of 1 and 2.
+A result of `dualop tune` for a chain, dtype and shape (dualop/launch/tuned.py) replaces 1 and 2.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dualop.launch.layout import COLUMN, FULL, ROW, Layout
 
 @dataclass(frozen=True)
 class Cut:
-    """How a kernel's work is cut, in either language.
+    """Describe how a kernel's work is cut, in either language.
 
     `threads` of a program lie `across` side by side along the columns, as far as there are columns, the others along
-    the rows; a thread takes `rows` accesses of 16 bytes at once. Registers are held down so that `resident` * 256
-    threads fit into an SM (1: as many as the compiler likes). Where gradients are summed, `least` to `most` programs an
-    SM are launched (both 0: as few as there can be, each with all that it can sum).
+    the rows; a thread takes `rows` accesses of 16 bytes at once. Registers are limited so that `resident` * 256 threads
+    fit into an SM (1: no limit). Where gradients are summed, `least` to `most` programs an SM are launched (both 0: as
+    few as possible, each with all that it can sum).
     """
 
     rows: int
@@ -51,11 +51,11 @@ MOST_PROGRAMS = 65535  # along a grid's second and third axis
 
 @dataclass(frozen=True)
 class Grid:
-    """`row_programs` x `col_programs` programs, each making `steps` tiles.
+    """Describe a grid of `row_programs` x `col_programs` programs, each of which computes `steps` tiles.
 
     A tile has `tile_rows` x `tile_cols` elements. Successive tiles of a program lie `row_step` rows and `col_step`
-    columns apart, one of which is zero: with the tiles of the other programs in between, so that all programs together
-    move through memory as one. Programs behind the last row have nothing to do.
+    columns apart, one of which is zero. The tiles of the other programs lie in between, so that all programs together
+    move through memory as one. Programs beyond the last row have nothing to do.
     """
 
     tile_rows: int
@@ -68,7 +68,7 @@ class Grid:
 
     @property
     def axes(self) -> tuple[int, int, int]:
-        """The grid as it is launched: columns, then rows along two axes."""
+        """Return the grid as it is launched: columns, then rows along two axes."""
         third = ceil_div(self.row_programs, MOST_PROGRAMS)
         return self.col_programs, self.row_programs // third, third
 
@@ -78,32 +78,32 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
+    """Return the smallest power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    """SMs of a GPU; on the CPU a small number, so that interpreted kernels cut their loops as on a GPU."""
+    """Return the SMs of a GPU; on the CPU a small number, so that interpreted kernels cut their loops as on a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def forward_grid(layout: Layout, tile_rows: int, tile_cols: int) -> Grid:
-    """One tile a program."""
+    """Return the grid of a forward kernel, with one tile per program."""
     return Grid(tile_rows, tile_cols, _launchable(ceil_div(layout.rows, tile_rows)), ceil_div(layout.cols, tile_cols))
 
 
 def summed(layout: Layout) -> set[int]:
-    """Along what gradients are summed: COLUMN where there is one for each column, ROW, or 0 for a single number."""
+    """Return along what gradients are summed: COLUMN for one sum per column, ROW, or 0 for a single number."""
     return {v.kind & FULL for v in layout.views if v.reduced and (v.kind & FULL) != FULL}
 
 
 @dataclass(frozen=True)
 class Tall:
-    """Tall and narrow tiles for a backward where a program can take all rows of its columns.
+    """Describe tall and narrow tiles for a backward where a program can take all rows of its columns.
 
-    Then no partial sums are left to add up, and there is one launch instead of two. `bytes` and `tiles` are for few
-    rows; `rows`, of accesses that a thread takes at once, for programs that fill the multiprocessors (0: never).
+    Then no partial sums are left to add up, and there is one launch instead of two. `bytes` and `tiles` apply to few
+    rows; `rows`, the accesses that a thread takes at once, to programs that fill the multiprocessors (0: never).
     """
 
     bytes: int
@@ -111,7 +111,7 @@ class Tall:
     rows: int = 0
 
     def fitted(self, cut: Cut, layout: Layout, multiprocessors: int) -> Cut:
-        """`cut`, or its tall form where that pays."""
+        """Return `cut`, or its tall form where that is faster."""
         kinds = summed(layout)
         if COLUMN not in kinds or ROW in kinds:
             return cut
@@ -121,10 +121,11 @@ class Tall:
         return replace(cut, rows=rows, threads=TALL_THREADS, across=width // 16, least=0, most=0) if width else cut
 
     def _of_few_rows(self, layout: Layout, multiprocessors: int) -> int:
-        """Bytes of a tile's row, or 0: a program has a single tile, or few.
+        """Return the bytes of a tile's row, or 0 if a program would have too many tiles.
 
-        At most `tiles`, and fewer the fewer programs there are to keep all multiprocessors busy. A row has `bytes`, or
-        half of that where it takes so many programs, but no less than memory is read by.
+        A program has at most `tiles` tiles, and fewer tiles when there are fewer programs to keep all multiprocessors
+        busy. A row has `bytes`, or half of that where this is needed for enough programs, but at least what memory is
+        read by.
         """
         if self._tiles(layout, self.bytes, TALL_ROWS) > self.tiles:
             return 0
@@ -135,9 +136,9 @@ class Tall:
         return 0
 
     def _of_one_each(self, layout: Layout, multiprocessors: int) -> int:
-        """Bytes of a tile's row, or 0: nearly every multiprocessor has one program, and loads are pipelined.
+        """Return the bytes of a tile's row, or 0, where nearly every multiprocessor has one program and loads are pipelined.
 
-        With many tiles a program, what is saved at the end is less than so few threads an SM cost most chains.
+        With many tiles a program, the saving at the end is smaller than what so few threads an SM cost most chains.
         """
         width = max(SECTOR, power_of_two(self._programs(layout, multiprocessors)))
         if not self.rows or width > WIDEST or self._tiles(layout, width, self.rows) > MOST_TILES:
@@ -147,20 +148,21 @@ class Tall:
         return width if pipelined and self._programs(layout, width) >= FILLED * multiprocessors else 0
 
     def _tiles(self, layout: Layout, width: int, rows: int) -> int:
-        """Of a program whose tiles have rows of `width` bytes."""
+        """Return the number of tiles of a program whose tiles have rows of `width` bytes."""
         return ceil_div(layout.rows, rows * TALL_THREADS // (width // 16))
 
     def _programs(self, layout: Layout, width: int) -> int:
-        """Of `width` bytes of a row each."""
+        """Return the number of programs that take `width` bytes of a row each."""
         return ceil_div(layout.cols * layout.dtype.itemsize, width)
 
 
 def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessors: int, cut: Cut) -> Grid:
-    """Few programs where gradients are summed, so that few partial sums are left to add up: each sums TILES tiles.
+    """Return the grid of a backward kernel, with few programs where gradients are summed.
 
-    Fewer where not enough programs for all multiprocessors would be left, more where there would be too many of them.
-    Sums along rows are kept while a program walks along the columns, sums along columns while it walks down the rows;
-    where both are wanted it makes a single tile.
+    Few programs leave few partial sums to add up: each sums TILES tiles. There are fewer tiles a program where not
+    enough programs for all multiprocessors would be left, and more where there would be too many programs. Sums along
+    rows are kept while a program walks along the columns, sums along columns while it walks down the rows; where both
+    are needed, a program computes a single tile.
     """
     rows, cols = ceil_div(layout.rows, tile_rows), ceil_div(layout.cols, tile_cols)
     kinds = summed(layout)
@@ -178,6 +180,6 @@ def backward_grid(layout: Layout, tile_rows: int, tile_cols: int, multiprocessor
 
 
 def _launchable(programs: int) -> int:
-    """So many, or a few more, that they fill two axes of a grid."""
+    """Return this number or a slightly larger one, so that the programs fill two axes of a grid."""
     third = ceil_div(programs, MOST_PROGRAMS)
     return ceil_div(programs, third) * third

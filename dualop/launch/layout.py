@@ -1,4 +1,4 @@
-"""How tensors meet a kernel: promotion, broadcasting, and one view of everything as rows and columns.
+"""Describe how tensors meet a kernel: promotion, broadcasting, and one view of everything as rows and columns.
 
 The result's dimensions, in the order of its memory, are merged as far as every tensor allows. The innermost merged
 dimension is the **columns**, all others together are the **rows**. At row r and column c a tensor's element is
@@ -38,7 +38,7 @@ BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 
 
 @dataclass(frozen=True)
 class View:
-    """Where one input's elements lie, and what becomes of its gradient.
+    """Describe where the elements of one input lie, and what becomes of its gradient.
 
     `copy` is None, or the strides (of the result's rank, 0 where it is broadcast) of the dense copy that the kernel
     reads in its place. `gradient_strides` are those of a dense gradient of the input's own shape.
@@ -56,16 +56,16 @@ class View:
 
     @property
     def reduced(self) -> bool:
-        """Whether several elements of the result share an element of this input."""
+        """Return True if several elements of the result share an element of this input."""
         return self.kind & ~SPLIT != FULL
 
     def extent(self, rows: int, cols: int) -> int:
-        """No offset in this input is larger, nor in the rows themselves."""
+        """Return an upper bound of every offset in this input, and of the rows themselves."""
         run = self.mod if self.kind & (WRAP | SPLIT) else rows
         return max(run * self.row_stride + math.ceil(rows / max(self.mod, 1)) * self.outer_stride + cols, rows * cols)
 
     def sum_shape(self, rows: int, cols: int, row_programs: int, col_programs: int) -> tuple[int, int, int, int]:
-        """(outer, kept, inner, columns): its partial sums in memory; the gradient sums over outer and inner."""
+        """Return (outer, kept, inner, columns), the partial sums in memory; the gradient sums over outer and inner."""
         if self.kind == 0:
             return row_programs * col_programs, 1, 1, 1
         if self.kind == COLUMN:
@@ -80,7 +80,7 @@ class View:
 
 @dataclass(frozen=True)
 class Layout:
-    """The result's shape, strides and dtype, the rows and columns, and a View for x and each operand."""
+    """Hold the result's shape, strides and dtype, the rows and columns, and a View for x and each operand."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -96,35 +96,38 @@ class Layout:
 
     @property
     def gradient_bits(self) -> int:
-        """The same of gradients: bfloat16's take float16's functions, which share parts with their derivatives."""
+        """Return the bits for gradients: bfloat16's use float16's functions, which share parts with their derivatives."""
         return max(self.bits, BITS[torch.float16])
 
     @cached_property
     def narrow(self) -> bool:
-        """Whether 32 bits hold every row, column and offset that a kernel meets, also of programs behind the end."""
+        """Return True if 32 bits hold every row, column and offset that a kernel meets, also in programs beyond the end."""
         return all(v.extent(self.rows, self.cols) < 2**31 - 2**26 for v in self.views)
 
     @property
     def accumulator(self) -> torch.dtype:
-        """The dtype of all arithmetic and of partial sums."""
+        """Return the dtype of all arithmetic and of partial sums."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def output(self, device: torch.device) -> Tensor:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
 
     def gradient(self, index: int, like: Tensor, device: torch.device) -> Tensor:
-        """Uninitialised memory for the gradient of input `index`."""
+        """Return uninitialised memory for the gradient of input `index`."""
         return torch.empty_strided(like.shape, self.views[index].gradient_strides, dtype=like.dtype, device=device)
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Uninitialised memory for a gradient: in the order of the result if of its size, else contiguous."""
+        """Return uninitialised memory for a gradient: in the result's order if it has the result's size, else contiguous."""
         if tensor.shape == self.shape:
             return torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     def partial(self, index: int, row_programs: int, col_programs: int, device: torch.device) -> Tensor | None:
-        """Uninitialised memory for the partial sums of input `index`, one for each program or row; None if there are
-        none: nothing is summed, or one program has all of a sum and writes the gradient itself."""
+        """Return uninitialised memory for the partial sums of input `index`, one for each program or row.
+
+        Return None if there are none: nothing is summed, or one program has all of a sum and writes the gradient
+        itself.
+        """
         view = self.views[index]
         shape = view.sum_shape(self.rows, self.cols, row_programs, col_programs)
         if not view.reduced or (shape[0] * shape[2] == 1 and not view.expanded):
@@ -134,7 +137,7 @@ class Layout:
     def finished(
         self, gradients: Sequence[Tensor | None], partials: Sequence[Tensor | None], tensors: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The wanted gradients as autograd takes them, once the kernels have written gradients and partial sums."""
+        """Return the requested gradients for autograd, after the kernels have written gradients and partial sums."""
         done = []
         for view, gradient, partial, tensor in zip(self.views, gradients, partials, tensors, strict=True):
             if view.expanded and partial is not None:
@@ -146,7 +149,7 @@ class Layout:
         return done
 
     def readable(self, index: int, tensor: Tensor, device: torch.device) -> Tensor:
-        """The tensor as the kernel reads it: itself, or a copy where the view or the device asks for one."""
+        """Return the tensor as the kernel reads it: itself, or a copy where the view or the device requires one."""
         if tensor.device != device:  # a number on the CPU
             tensor = tensor.to(device, non_blocking=True)
         strides = self.views[index].copy
@@ -158,12 +161,12 @@ class Layout:
 
 
 def layout(x: Tensor, operands: Sequence[Tensor]) -> Layout:
-    """The layout of a call; the same shapes, strides and dtypes give the same object."""
+    """Return the layout of a call; the same shapes, strides and dtypes give the same object."""
     return _layout(tuple((t.shape, t.stride(), t.dtype) for t in (x, *operands)))
 
 
 def device_of(x: Tensor, operands: Sequence[Tensor]) -> torch.device:
-    """The device of a call. Zero-dimensional CPU tensors go along with any; DeviceError if others are mixed."""
+    """Return the device of a call, to which CPU scalars may be added. Raises DeviceError if other devices are mixed."""
     device = x.device
     if all(tensor.device == device for tensor in operands):
         return device
@@ -175,7 +178,7 @@ def device_of(x: Tensor, operands: Sequence[Tensor]) -> torch.device:
 
 
 def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
-    """Raise the error that fits, naming the tensor, if the call makes no sense."""
+    """Raise the error that fits, with the name of the tensor, if the call makes no sense."""
     for name, tensor in zip(("x", *names), (x, *operands), strict=True):
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
@@ -195,9 +198,9 @@ def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def checked(tensors: Sequence[Tensor], names: Sequence[str]) -> torch.device:
-    """The device of a call with these tensors, (x, *operands), which `validate` sees the first time only.
+    """Return the device of a call with (x, *operands); `validate` sees each combination only the first time.
 
-    Strided tensors in memory and no tracer: shapes, dtypes and devices say everything.
+    This holds for strided tensors in memory without a tracer: their shapes, dtypes and devices say everything.
     """
     like = tuple([(t.shape, t.dtype, t.device) for t in tensors])
     device = _checked.get(like)
@@ -275,14 +278,14 @@ def _layout(tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype],
 
 
 def _own_strides(meta: Tensor, shape: tuple[int, ...], compact: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Its strides at the result's rank, 0 where it is broadcast; None if its own elements share memory."""
+    """Return its strides at the result's rank, 0 where it is broadcast; None if its own elements share memory."""
     pad = len(shape) - meta.dim()
     strides = tuple(s if n > 1 else 0 for n, s in zip(meta.shape, meta.stride(), strict=True))
     return None if any(s == 0 < n - 1 for n, s in zip(meta.shape, meta.stride(), strict=True)) else (0,) * pad + strides
 
 
 def _compact(meta: Tensor, shape: tuple[int, ...], order: list[int]) -> tuple[int, ...]:
-    """The strides of a dense copy whose dimensions lie in the order of the result's memory."""
+    """Return the strides of a dense copy whose dimensions lie in the order of the result's memory."""
     pad, strides, step = len(shape) - meta.dim(), [0] * len(shape), 1
     for d in reversed(order):
         if d >= pad and meta.shape[d - pad] > 1:
@@ -296,7 +299,7 @@ Form = tuple[int, int, int, int, int]
 
 
 def _merge(order: list[int], shape: tuple[int, ...], full: tuple[int, ...], chosen: list[tuple[int, ...]]) -> Dims:
-    """The dimensions as (size, stride of each tensor), outermost first, neighbours merged where all allow it."""
+    """Return the dimensions as (size, stride of each tensor), outermost first, neighbours merged where all allow it."""
     dims: Dims = []
     for d in order:
         strides = tuple(c[d] for c in chosen)
@@ -308,7 +311,7 @@ def _merge(order: list[int], shape: tuple[int, ...], full: tuple[int, ...], chos
 
 
 def _forms(dims: Dims, count: int) -> list[Form | None]:
-    """(kind, div, mod, row_stride, outer_stride) of each tensor, None where it has no such form."""
+    """Return (kind, div, mod, row_stride, outer_stride) of each tensor, None where it has no such form."""
     rows = math.prod(size for size, _ in dims[:-1])
     forms: list[Form | None] = []
     for i in range(count):

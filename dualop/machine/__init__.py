@@ -1,1 +1,1 @@
-"""What this machine has of what dualop needs, and what to advise. It knows no chain, and asks in child processes."""
+"""Find out what this machine has and lacks, and what to advise. It knows no chain, and asks in child processes."""

@@ -1,10 +1,10 @@
-"""What this machine has of what dualop needs, and what to install for the rest.
+"""Report what this machine has of what dualop needs, and what to install for the rest.
 
     report = examine()      rows of (item, found, advice); what may hang or crash is asked by `dualop.machine.probe`
     table(report)           for a terminal
     as_json(report)         for a program
 
-Needs nothing but the standard library, so it works where torch, triton or rich are missing.
+It needs nothing but the standard library, so it works where torch, triton or rich are missing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WALK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was looked at: what was found, and what to do about it ("" when nothing is to be done)."""
+    """Describe one thing that was examined: what was found, and what to do about it ("" if nothing has to be done)."""
 
     item: str
     found: str
@@ -60,12 +60,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All that `examine` found, in the order in which it is shown."""
+    """Hold everything that `examine` found, in the order in which it is shown."""
 
     rows: tuple[Row, ...]
 
     def __getitem__(self, item: str) -> Row:
-        """The first row called `item`; KeyError when there is none."""
+        """Return the first row called `item`; raise KeyError if there is none."""
         for row in self.rows:
             if row.item == item:
                 return row
@@ -73,7 +73,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at everything. Never raises, waits for nothing longer than the limits of probe.py, changes nothing."""
+    """Examine everything. It never raises, changes nothing, and waits no longer than the limits in probe.py."""
     with ThreadPoolExecutor(max_workers=5) as pool:
         asked_facts, asked_driver = pool.submit(probe.facts), pool.submit(probe.nvidia_smi)
         finders = {"nvcc": _find_nvcc, "ninja": build.find_ninja, "g++": build.find_cxx}
@@ -100,7 +100,7 @@ def examine() -> Report:
 
 
 def table(report: Report) -> Table:
-    """The report as a rich table; what needs something done is yellow."""
+    """Return the report as a rich table; a row that needs an action is yellow."""
     from rich.table import Table
     from rich.text import Text
 
@@ -114,12 +114,12 @@ def table(report: Report) -> Table:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain data for `json.dump`: `{"rows": [{"item", "found", "advice"}, ...]}`."""
+    """Return the report as plain data for `json.dump`: `{"rows": [{"item", "found", "advice"}, ...]}`."""
     return {"rows": [asdict(row) for row in report.rows]}
 
 
 def _guarded(item: str, rows: Callable[[], Iterator[Row]]) -> list[Row]:
-    """The rows, or one that holds the error: a report with a hole is worth more than none."""
+    """Return the rows, or one row with the error: a report with a hole is better than none."""
     try:
         return list(rows())
     except Exception as error:
@@ -127,7 +127,7 @@ def _guarded(item: str, rows: Callable[[], Iterator[Row]]) -> list[Row]:
 
 
 def _error(facts: dict[str, Any], step: str) -> str:
-    """Why a step of the probe gave nothing, or ""."""
+    """Return why a step of the probe found nothing, or ""."""
     fact = facts.get(step)
     if fact is None:
         return "not examined, since Python died before"
@@ -175,7 +175,7 @@ def _driver_rows(listed: list[dict[str, str]]) -> Iterator[Row]:
 
 
 def _on_the_bus() -> bool:
-    """Whether a display controller (class 0x03) of NVIDIA's (vendor 0x10de) is there."""
+    """Return True if the machine has a display controller (class 0x03) by NVIDIA (vendor 0x10de)."""
     for device in Path("/sys/bus/pci/devices").glob("*"):
         vendor, kind = device / "vendor", device / "class"
         if vendor.is_file() and vendor.read_text().strip() == "0x10de" and kind.read_text().startswith("0x03"):
@@ -196,7 +196,7 @@ def _torch_rows(facts: dict[str, Any]) -> Iterator[Row]:
 
 
 def _tested(package: str, version: str) -> str:
-    """What to do about a version that is too old or not tested, or ""."""
+    """Return what to do about a version that is too old or not tested, or ""."""
     tested = {"torch": versions.TORCH, "triton": versions.TRITON}[package]
     if versions.of(version) < tested[0]:
         return f"dualop needs {package} {versions.listed(tested[:1])} or newer"
@@ -258,7 +258,7 @@ def _temporary(problem: str) -> str:
 
 
 def _contents(folder: Path) -> str:
-    """How many libraries lie in the cache and what all of it takes, counted for `WALK_SECONDS` at most."""
+    """Return how many libraries the cache has, and its size, counted for at most `WALK_SECONDS`."""
     size, builds, until, more = 0, 0, time.monotonic() + WALK_SECONDS, ""
     for root, _, names in os.walk(folder):
         for name in names:
@@ -308,7 +308,7 @@ def _backend_rows(facts: dict[str, Any]) -> Iterator[Row]:
 
 
 def _native_rows(facts: dict[str, Any]) -> Iterator[Row]:
-    """The extension that makes known calls without Python (dualop/replay)."""
+    """Return the rows of the extension that replays known calls without Python (dualop/replay)."""
     if error := _error(facts, "native"):
         yield Row("native", error, "see the rows above")
         return

@@ -1,4 +1,4 @@
-"""Questions to this machine that may hang, crash or meet something broken: each is asked in a child process.
+"""Ask this machine questions that may hang, crash or meet something broken, each in a child process.
 
     facts()       what torch, the GPUs, triton and the backends answer, from one Python that imports them step by step
     tool(find)    a compiler's path and version
@@ -31,7 +31,7 @@ _MARK = "dualop-probe "
 
 
 def facts() -> dict[str, Any]:
-    """The answers of `answer_all` in a child of this Python with this sys.path.
+    """Return the answers of `answer_all` from a child that runs this Python with this sys.path.
 
     The keys are those of STEPS. A step that failed has `{"error": why}` instead, and so has the one in which the child
     died; the steps after that one are missing.
@@ -54,7 +54,7 @@ def facts() -> dict[str, Any]:
 
 
 def answer_all() -> None:
-    """Print what each step finds, as a marked line of JSON a step; other lines are what a package chose to print."""
+    """Print the findings of each step as a marked line of JSON. Other lines come from packages that print."""
     for name, step in STEPS.items():
         print(f"\n{_MARK}{json.dumps({'begun': name})}", flush=True)
         try:
@@ -71,7 +71,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _private() -> list[str]:
-    """What dualop does without, since this torch has other private names."""
+    """Return the purposes that fall back, because this torch has other private names."""
     from dualop import torch_private
 
     with warnings.catch_warnings():
@@ -141,7 +141,7 @@ STEPS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Tool:
-    """A program that builds need: `path` None where there is none, `problem` when it does not answer."""
+    """Describe a program that builds need: `path` is None where it is missing, `problem` says why it does not answer."""
 
     path: Path | None
     version: str = ""
@@ -149,7 +149,7 @@ class Tool:
 
 
 def tool(find: Callable[[], Path | None]) -> Tool:
-    """The program that `find` finds, asked for its version."""
+    """Ask the program that `find` finds for its version."""
     try:
         path = find()
     except Exception as error:  # CXX may hold what no shell would read
@@ -165,7 +165,7 @@ def tool(find: Callable[[], Path | None]) -> Tool:
 
 
 def nvidia_smi() -> list[dict[str, str]]:
-    """Name and driver_version of each GPU that the driver's own tool lists; empty without the tool or its answer."""
+    """Return name and driver_version of each GPU that the driver's tool lists; empty if it gives no answer."""
     path = shutil.which("nvidia-smi")
     if path is None:
         return []
@@ -176,9 +176,10 @@ def nvidia_smi() -> list[dict[str, str]]:
 
 
 def run(command: list[str], seconds: float) -> tuple[int | None, str, str]:
-    """Exit status (None: out of time, or it could not be started), stdout and stderr of `command`.
+    """Return exit status (None: it timed out or could not start), stdout and stderr of `command`.
 
-    It gets a process group of its own, which is killed as a whole: a wrapper script's child would hold the pipes.
+    The command gets a process group of its own, which is killed as a whole: the child of a wrapper script would
+    otherwise keep the pipes open.
     """
     try:
         process = subprocess.Popen(
