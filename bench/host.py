@@ -42,7 +42,7 @@ class Row:
 
 def run(names: Sequence[str], device: torch.device, compiled: bool) -> list[Row]:
     """Return the rows of torch and of these backends, in the order in which they were timed."""
-    replay.load()  # a call of a process that has just started may be made without it
+    replay.load()  # without it, the first calls of a process may run in Python
     op = dualop.chain(DEFAULT_CHAIN)
     x, bias = torch.randn(SHAPE, device=device), torch.randn(SHAPE[1], device=device)
     written_out = partial(evaluate_on, op)

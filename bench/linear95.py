@@ -33,17 +33,17 @@ from dualop.numerics.cases import DEFAULT_CHAIN, DTYPES
 
 STEP = "training step"
 LINEAR = "linear alone"
-# Besides the backends: a backend's name, a comma, and what is different.
+# Contestants besides the backends: a backend's name, a comma, and the difference.
 IN_PRODUCT = "triton, in the product"
 EMITTED = {"cuda, emitted": "cuda", "triton, emitted": "triton"}
 
 Size = tuple[int, int, int]  # batch, in_features, out_features
 SIZES: tuple[Size, ...] = ((1024, 8192, 8192), (16384, 1024, 8192))
-SMALL_SIZES: tuple[Size, ...] = ((8, 64, 64),)  # on the CPU, where kernels run interpreted
+SMALL_SIZES: tuple[Size, ...] = ((8, 64, 64),)  # for the CPU, where kernels run interpreted
 
 # Our error may be this many times that of eager (root mean square, and largest): both have the matrix products' error
 # in common, and eager adds one rounding a stage. Float32 sums in another order give a few percent more or less; the
-# largest of many errors scatters more. Besides, half an ulp of the result is nobody's fault.
+# largest of many errors scatters more. In addition, half an ulp of the result is unavoidable.
 RMS_FACTOR, MAX_FACTOR = 1.1, 2.0
 
 

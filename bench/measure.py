@@ -28,7 +28,7 @@ from dualop.numerics import check, truth
 from dualop.numerics.cases import Sample
 
 Progress = Callable[[str], None]
-# Up to here a call takes about as long as a launch, whatever it does: it is measured against an empty one, too.
+# Up to this size a call takes about as long as a launch, so it is also compared with an empty launch.
 TINY_BYTES = 4 << 20
 
 
@@ -84,7 +84,7 @@ def measure(
     many rows of x.
     """
     if compiled:
-        torch.compiler.reset()  # or the next shape would be compiled for all shapes
+        torch.compiler.reset()  # otherwise the next shape would be compiled for all shapes
     rows: list[Row] = []
     functions = contestants(workload, list(backends), compiled, eager)
     if checked_rows is None:
@@ -115,7 +115,7 @@ def verdicts(
         progress(f"checking {name}")
         worst, wrong = {FORWARD: 0.0, BACKWARD: 0.0}, {}
         try:
-            # Poisoning is a global switch that torch.compile would compile for once more.
+            # Poisoning is a global switch, which would make torch.compile compile once more.
             found = check.results(function, workload.chain.operands, sample, poison=name in BACKENDS)
         except Exception as error:
             note = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -28,7 +28,7 @@ from dualop.numerics.cases import DEFAULT_CHAIN
 
 GOAL = 1.1  # times the copy's time
 CHECKED = 1 << 21  # elements of x
-MOST_PROCESSES = 8  # that compile Triton kernels: each has a CUDA context and one workload's tensors
+MOST_PROCESSES = 8  # for compiling Triton kernels: each has a CUDA context and one workload's tensors
 
 LARGE, NCHW = (16384, 8192), (64, 256, 56, 56)
 SMALL = {LARGE: (8, 64), NCHW: (2, 3, 4, 5), (1024, 8192): (4, 32), (128, 512): (2, 16)}  # on the CPU

@@ -17,7 +17,7 @@ import torch
 Calls = Sequence[Callable[[], object]]
 
 SAMPLE_US = 300.0  # a replay lasts at least this long: the events around it resolve half a microsecond
-BUDGET_S = 0.25  # of device time for the samples of one figure
+BUDGET_S = 0.25  # device time for the samples of one figure
 MOST_SAMPLES, FEWEST_SAMPLES = 200, 10
 MOST_SETS = 32
 

@@ -23,8 +23,8 @@ from dualop.launch import candidates, tune, tuned
 from dualop.launch.grid import Cut
 from dualop.launch.layout import Layout
 
-BUDGET_S = 0.08  # of device time for a measurement: there are many, and those that matter are repeated
-MOST_PROCESSES = 16  # that compile Triton kernels: each has a CUDA context and one workload's tensors
+BUDGET_S = 0.08  # device time per measurement: there are many, and those that matter are repeated
+MOST_PROCESSES = 16  # for compiling Triton kernels: each has a CUDA context and one workload's tensors
 HEURISTICS = {"cuda": cuda.heuristic, "triton": triton.heuristic}  # the backends that have launches to choose
 
 Progress = Callable[[int, int], None]
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def candidates(self) -> list[Cut]:
-        """Return the launches to time: the heuristic's choice first, then others, among them an earlier search's result."""
+        """Return the launches to time: the heuristic's choice first, then others, also an earlier search's result."""
         known = tuned.lookup(self.subject, self.work.device, Cut)
         others = candidates.candidates(self.backend, self.work.layout, self.direction, self.heuristic)
         return list(dict.fromkeys((*others, *([known] if known else []))))
@@ -145,7 +145,7 @@ def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progr
         for task in (task for task in tasks if task.work == work):
             try:
                 found[task] = _search(task, seed, bar(str(task)))
-            except Exception as error:  # the heuristic's own launch
+            except Exception as error:  # the heuristic's own launch failed
                 failed[task] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         wrong = _wrong(work, {task: result.best for task, result in found.items()}, seed)
         for task, note in failed.items():

@@ -20,14 +20,17 @@ from dualop.numerics.cases import DTYPES, OPERAND_FORMS, Case, Sample, sample
 EAGER, COMPILED, COPY, LAUNCH = "eager", "torch.compile", "copy", "empty launch"
 FORWARD, BACKWARD = "forward", "backward"
 
-FORMS = ("last", "row", "channel", "scalar", "full")  # of operands, as in OPERAND_FORMS
+FORMS = ("last", "row", "channel", "scalar", "full")  # forms of operands, as in OPERAND_FORMS
 
 Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Describe `chain` on x of `shape` and `dtype`; its operands take the forms of `operands` in turn (OPERAND_FORMS)."""
+    """Describe `chain` on x of `shape` and `dtype`.
+
+    The operands take the forms of `operands` in turn (OPERAND_FORMS).
+    """
 
     chain: Chain
     shape: tuple[int, ...]

@@ -82,7 +82,7 @@ class ChainLayer(nn.Module):
             self.register_parameter(name, nn.Parameter(init(_checked(operand, shape), device=device, dtype=dtype)))
 
     def operands(self, *given: Tensor, **named: Tensor) -> tuple[Tensor, ...]:
-        """x"""
+        """Return all operands in the chain's order: the layer's parameters, and those given for the rest."""
         return self._operands(given, named)
 
     def _operands(self, given: Any, named: Any) -> tuple[Tensor, ...]:
@@ -101,7 +101,7 @@ class ChainLayer(nn.Module):
         return tuple([values[n] if n in self.taken else self._parameter(n) for n in self.chain.operands])
 
     def _parameter(self, operand: str) -> Tensor:
-        """The operand's parameter as it is now: torch's tools put tensors and properties in its place."""
+        """Return the operand's current parameter: torch's tools put tensors and properties in its place."""
         name = parameter_name(operand)
         value: Any = None
         cause = None
@@ -192,7 +192,7 @@ class LinearChain(ChainLayer):
         return chain(z, *values, backend=self.backend)
 
     def _tail(self, bias: Tensor | None, values: tuple[Tensor, ...]) -> tuple[Chain, tuple[Tensor, ...]]:
-        """The chain behind a product without bias, and its operands."""
+        """Return the chain behind a product without bias, and its operands."""
         if bias is None or self.folded is None:
             return self.chain, values
         if self.adds_first and values[0].shape == bias.shape and torch.is_grad_enabled():
@@ -209,7 +209,7 @@ class LinearChain(ChainLayer):
 
 
 def with_bias(chain: Chain) -> Chain | None:
-    """Return the chain after the addition of a Linear's bias, its first operand; None if it would differ."""
+    """Return the chain behind an `add` of the Linear's bias, its first operand; None if that would differ."""
     full = len(chain.operands) == MAX_OPERANDS or len(chain.calls) == MAX_STAGES
     if full or any(call.operand == "x" for call in chain.calls):
         return None

@@ -1,8 +1,8 @@
-"""Every private name of torch that dualop uses: the reason, and the public way that was tried instead.
+"""Collect every private name of torch that dualop uses: the reason, and the public way that was tried instead.
 
 No other module imports a private name. Names that serve one purpose form a `Purpose`, which works as a whole or not at
-all: where this torch lacks one of its names, or where a trial finds that one behaves differently, the purpose is
-given up, a warning says so once, and its public fallback serves. Results stay right, calls become slower.
+all: where this torch lacks one of its names, or where a trial finds that one behaves differently, the purpose is given
+up, a warning says so once, and its public fallback serves. Results stay right, and calls become slower.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import DispatchKey, DispatchKeySet
 
 @dataclass(frozen=True)
 class Name:
-    """A private name of torch: why it is needed, and which public way was tried instead."""
+    """Describe a private name of torch: why it is needed, and which public way was tried instead."""
 
     path: str
     reason: str
@@ -31,7 +31,7 @@ class Name:
 
 @dataclass
 class Purpose:
-    """What some private names are for, and what serves in their place."""
+    """Describe what some private names are for, and what serves in their place."""
 
     text: str
     fallback: str
@@ -54,7 +54,7 @@ class Purpose:
             )
 
     def name(self, path: str, reason: str, instead: str) -> Any:
-        """The value of the private name `path`, None where this torch lacks it."""
+        """Return the value of the private name `path`, None where this torch lacks it."""
         self.names.append(Name(path, reason, instead))
         module, _, attribute = path.rpartition(".")
         try:
@@ -127,7 +127,7 @@ forward_levels = SHORT_WAY.name(
     "whether dual tensors may be about; the C++ of the short way reads it as well",
     "forward_ad.unpack_dual of each tensor: a microsecond each, and no way to ask from C++",
 )
-del forward_levels  # a number that changes: `transformed` reads it anew
+del forward_levels  # it is a number that changes: `transformed` reads it every time
 
 transforms_active = SHORT_WAY.name(
     "torch._C._are_functorch_transforms_active",
@@ -178,7 +178,7 @@ def skip_frames(functions: Sequence[CodeType]) -> None:
 
 
 def as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have Dynamo call the function while it traces, and take its answer as a constant.
+    """Let Dynamo call the function while it traces, and use its result as a constant.
 
     torch.compiler.assume_constant_result sets the same attribute, and imports all of Dynamo. A torch that does not read
     the attribute traces the function.
@@ -188,7 +188,7 @@ def as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def single_level(function: type[torch.autograd.Function]) -> Any:
-    """The Function as a node of one level of torch.func, for an op's Autograd kernel; itself where torch lacks that."""
+    """Return the Function as a node of one torch.func level, for an op's Autograd kernel; itself where torch cannot."""
     if not FUNCTION.works:
         return function
     names = ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")
@@ -197,7 +197,7 @@ def single_level(function: type[torch.autograd.Function]) -> Any:
 
 
 def kept_buffers() -> AbstractContextManager[Any]:
-    """Within it, functions compile to backwards that may run more than once."""
+    """Compile functions, while this context is active, to backwards that may run more than once."""
     return functorch_setting(donated_buffer=False) if BENCH.works else nullcontext()
 
 
@@ -207,7 +207,7 @@ def transformed() -> bool:
 
 
 def sharding_names() -> tuple[Any, Any, Any] | None:
-    """(DTensor's propagator, RuntimeSchemaInfo, expand_to_full_mesh_op_strategy); None where this torch lacks one."""
+    """Return (DTensor's propagator, RuntimeSchemaInfo, expand_to_full_mesh_op_strategy); None where one is missing."""
     DTENSOR.names.clear()
     dtensor = DTENSOR.name("torch.distributed.tensor.DTensor", _SCHEMA_REASON, _SCHEMA_INSTEAD)
     info = DTENSOR.name("torch.distributed.tensor._op_schema.RuntimeSchemaInfo", _SCHEMA_REASON, _SCHEMA_INSTEAD)

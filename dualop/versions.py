@@ -1,4 +1,4 @@
-"""The versions that dualop is tested with, as (major, minor). pyproject.toml and README name the same ones."""
+"""List the versions that dualop is tested with, as (major, minor). pyproject.toml and README list the same ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TRITON = ((3, 6), (3, 8), (3, 9))
 
 
 def of(text: str) -> tuple[int, int]:
-    """Return (major, minor) of a version's text, (0, 0) of one that has none."""
+    """Return (major, minor) of a version's text, (0, 0) of a text that has none."""
     numbers = re.match(r"(\d+)\.(\d+)", text)
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 

@@ -1,9 +1,9 @@
-"""Tensor-parallel Linear + chain: each process holds a part of the features, the chain runs on its part alone.
+"""Train a tensor-parallel Linear + chain: each process holds a part of the features and runs the chain on it.
 
     torchrun --standalone --nproc-per-node 2 examples/tensor_parallel.py
 
-On GPUs where there are enough of them, else on the CPU. The first Linear is split by columns, so its result, and the
-operand of the chain, are sharded along the features. DTensor knows from dualop that the chain needs no communication
+It runs on GPUs where there are enough of them, else on the CPU. The first Linear is split by columns, so its result and
+the operand of the chain are sharded along the features. DTensor knows from dualop that the chain needs no communication
 and that the gradient of the operand is sharded too. The second Linear is split by rows and ends in an all-reduce.
 """
 
@@ -25,7 +25,7 @@ BATCH, FEATURES, HIDDEN, STEPS = 32, 64, 256, 5
 
 
 class MLP(nn.Module):
-    """Linear, the chain, Linear."""
+    """Compute a Linear, the chain and a Linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class MLP(nn.Module):
 
 
 def train(model: nn.Module, x: Tensor) -> list[float]:
-    """The loss before each of STEPS steps."""
+    """Return the loss before each of STEPS steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for _ in range(STEPS):

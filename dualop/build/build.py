@@ -42,7 +42,7 @@ CUDA_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v")
 # load_inline links against torch, which the kernels do not use: --as-needed drops it, so that no library depends on it.
 LINK_FLAGS = ("-Wl,--as-needed", "-Wl,--no-undefined", "-Wl,-Bsymbolic")
 
-# Variables that change what a compiler does.
+# These variables change what a compiler does.
 VARIABLES = ("CC", "CXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "CPLUS_INCLUDE_PATH")
 
 USUAL_CUDA = "/usr/local/cuda"
@@ -56,12 +56,12 @@ _ERROR = re.compile(
     r"|^\S*sh: .*(?:not found|No such file|[Pp]ermission denied|Exec format|[Cc]annot execute|bad interpreter)"
 )
 
-# What ninja and the shell take for a path wherever torch puts it; torch escapes blanks only, and only in some places.
+# Paths that ninja and the shell accept wherever torch inserts them; torch escapes blanks only, and only in some places.
 _PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 KEEPER = "dualop-nvcc.sh"
 
-_one_in_this_process = threading.Lock()  # a build sets environment variables and torch's CUDA_HOME
-_undo: list[Callable[[], None]] = []  # what puts them back
+_one_in_this_process = threading.Lock()  # because a build sets environment variables and torch's CUDA_HOME
+_undo: list[Callable[[], None]] = []  # functions that restore them
 
 
 def _in_child() -> None:
@@ -99,7 +99,7 @@ class Build:
             return _opened(self.library)
         try:
             others = sorted(cache.folder().glob(f"{self.prefix}_{self._content}_*/*.so"))
-        except OSError:  # a folder that may not be looked into
+        except OSError:  # the folder may not be readable
             return None
         return next((library for library in map(_opened, others) if library), None)
 
@@ -204,7 +204,7 @@ class Build:
             with built.open("rb") as file:
                 os.fsync(file.fileno())  # so that no crash of the machine leaves half a library under its final name
             os.replace(built, self.library)
-        except Exception as error:  # load_inline lets everything through, from ValueError to CalledProcessError
+        except Exception as error:  # load_inline raises anything from ValueError to CalledProcessError
             problem, failure = _cxx_problem(), error
             if isinstance(error, UnicodeError):
                 problem = f"error: a path is not in the encoding of the locale ({error}): set PYTHONUTF8=1\n"
@@ -248,7 +248,7 @@ class Build:
             no_implicit_headers=True,
             is_python_module=False,
         )
-        # Not by name: load_inline appends a version when one process builds the same name twice.
+        # Do not look it up by name: load_inline appends a version when one process builds the same name twice.
         return next(work.glob("*.so"))
 
 
@@ -262,7 +262,7 @@ def _prepared(work: Path, cuda: Path | None, arch_list: str | None = None) -> It
     changes = {"PATH": os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))}
     compiler = cxx_command()
     if compiler != [os.environ.get("CXX", "c++")] or not _PLAIN.fullmatch(compiler[0]):
-        # Torch 2.13 takes CXX for one word, torch 2.11 for the text of a command: a script is both.
+        # Torch 2.13 reads CXX as one word, torch 2.11 as the text of a command: a script suits both.
         script = work / "c++"
         script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@"\n', "utf-8", "surrogateescape")
         script.chmod(0o755)
@@ -274,9 +274,9 @@ def _prepared(work: Path, cuda: Path | None, arch_list: str | None = None) -> It
     link_flags, cuda_before = [], cpp_extension.CUDA_HOME
     if cuda:
         nvcc = os.environ.get("PYTORCH_NVCC", "")
-        if not nvcc or KEEPER in nvcc:  # the latter from a process that was building when it started this one
+        if not nvcc or KEEPER in nvcc:  # the latter is from a process that was building when it started this one
             nvcc = shlex.quote(str(cuda / "bin" / "nvcc"))
-        keeper = work / KEEPER  # load_inline throws away what a successful compiler says
+        keeper = work / KEEPER  # load_inline discards the output of a successful compiler
         said = f'{nvcc} "$@" >nvcc.log 2>&1\nstatus=$?\ncat nvcc.log\nexit $status\n'
         keeper.write_text(said, "utf-8", "surrogateescape")
         changes["PYTORCH_NVCC"] = f"sh {keeper}"

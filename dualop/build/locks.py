@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
 
-# One for all: whoever holds it waits for nothing but an import, so that fork may wait for it.
+# There is one lock for all: its holder waits for nothing but an import, so fork may wait for it.
 # An import is one of its cases, since a child waits for ever for a module whose importing thread it does not have.
 brief = threading.RLock()
 

@@ -20,7 +20,7 @@ def each(
 
     if not tasks:
         return
-    # Not forked: a child of a process that has used a GPU could not use it.
+    # Processes are spawned, since a forked child of a process that has used a GPU cannot use it.
     with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1, most), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(function, *task) for task in tasks]
         for done, _ in enumerate(as_completed(futures), 1):

@@ -206,7 +206,7 @@ def _checks(plan: Plan) -> str:
     lines.append(f"cols = min(total, {FOLD})" if plan.folded else f"cols = {plan.view.cols}")
     if plan.view.narrow:
         lines += [
-            "if total + cols >= 2**31 - 2**26:",  # as Layout.narrow has it
+            "if total + cols >= 2**31 - 2**26:",  # the same condition as in Layout.narrow
             '    raise ValueError(f"{tuple(shape)} is too large for 32-bit indexes: it needs other kernels")',
         ]
     return "\n".join(lines)

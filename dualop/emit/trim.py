@@ -21,7 +21,7 @@ _QUALIFIER = re.compile(r"(\w*)::$")
 
 @dataclass
 class Item:
-    """Hold a declaration of a header with the comment above it, or a comment that stands alone and declares no names."""
+    """Hold a declaration of a header with its comment, or a comment that stands alone and declares no names."""
 
     namespace: str
     lines: list[str] = field(default_factory=list)

@@ -131,7 +131,7 @@ class Function:
     @property
     def emitted(self) -> str:
         if self.module == "tile" and not isinstance(self.tree, ast.FunctionDef):
-            return f"KIND_{self.name}"  # of which Python has its own, plain numbers
+            return f"KIND_{self.name}"  # Python has its own constants of this name, plain numbers
         return f"stage_{self.name}" if self.module == "stages" else self.name
 
 
@@ -164,9 +164,9 @@ class Library:
 
     def __init__(self, texts: dict[str, str]) -> None:
         self.functions: dict[Key, Function] = {}
-        self.aliases: dict[Key, str] = {}  # platform's names for libdevice's
+        self.aliases: dict[Key, str] = {}  # platform's name -> libdevice's name
         self.imported: dict[Key, Key] = {}  # a name in a module -> the module and name that it comes from
-        self.modules: dict[Key, str] = {}  # a name in a module that is a module of ours
+        self.modules: dict[Key, str] = {}  # a name in a module -> the module of ours that it is
         self.outside: dict[str, str] = {}  # a name that comes from Triton's own packages -> which
         for module, text in texts.items():
             for tree in _on_gpu(ast.parse(text).body):

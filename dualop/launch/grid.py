@@ -2,7 +2,7 @@
 
 The heuristic, which knows the dtype, the shape and the number of multiprocessors (SMs):
 
-1. Each backend has a Cut for each dtype and direction (FORWARD and BACKWARD in `dualop/backends/`), found by a search on
+1. Each backend has a Cut for each dtype and direction (FORWARD and BACKWARD in `dualop/backends/`), from a search on
    large tensors. Where registers would not suffice, in long chains, `resident` is 1.
 2. `Tall.fitted`: where gradients are summed along the columns, a program takes all rows if there are few, or if it can
    have a multiprocessor to itself.
@@ -40,13 +40,13 @@ class Cut:
     most: int = 64
 
 
-TILES = 8  # of a program in backward
+TILES = 8  # tiles per program in backward
 TALL_THREADS, TALL_ROWS = 256, 2
-SECTOR, WIDEST = 32, 256  # bytes: what memory is read by, and the most that a tall tile is wide
-# Where each multiprocessor has one program at most: the share that must have one, a program's tiles, and the inputs of
-# the result's size that shared memory has room for.
+SECTOR, WIDEST = 32, 256  # bytes: the unit of memory reads, and the largest width of a tall tile
+# Where each multiprocessor has at most one program: the share that must have one, the tiles of a program, and how many
+# inputs of the result's size fit into shared memory.
 FILLED, MOST_TILES, MOST_WHOLE = 0.9, 32, 2
-MOST_PROGRAMS = 65535  # along a grid's second and third axis
+MOST_PROGRAMS = 65535  # the limit of a grid's second and third axis
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,15 @@ class Tall:
         return 0
 
     def _of_one_each(self, layout: Layout, multiprocessors: int) -> int:
-        """Return the bytes of a tile's row, or 0, where nearly every multiprocessor has one program and loads are pipelined.
+        """Return the bytes of a tile's row where nearly every multiprocessor has one program, else 0.
 
-        With many tiles a program, the saving at the end is smaller than what so few threads an SM cost most chains.
+        Loads are pipelined then. With many tiles a program, the saving at the end is smaller than what so few threads
+        an SM cost most chains.
         """
         width = max(SECTOR, power_of_two(self._programs(layout, multiprocessors)))
         if not self.rows or width > WIDEST or self._tiles(layout, width, self.rows) > MOST_TILES:
             return 0
-        # Triton sees that accesses are aligned where all rows are of 16 elements.
+        # Triton recognises that accesses are aligned where rows are multiples of 16 elements.
         pipelined = layout.cols % 16 == 0 and sum(v.kind & FULL == FULL for v in layout.views) <= MOST_WHOLE
         return width if pipelined and self._programs(layout, width) >= FILLED * multiprocessors else 0
 

@@ -96,12 +96,15 @@ class Layout:
 
     @property
     def gradient_bits(self) -> int:
-        """Return the bits for gradients: bfloat16's use float16's functions, which share parts with their derivatives."""
+        """Return the significant bits for gradients.
+
+        bfloat16 uses float16's functions, which share parts with their derivatives.
+        """
         return max(self.bits, BITS[torch.float16])
 
     @cached_property
     def narrow(self) -> bool:
-        """Return True if 32 bits hold every row, column and offset that a kernel meets, also in programs beyond the end."""
+        """Return True if 32 bits hold every row, column and offset of a kernel, also in programs beyond the end."""
         return all(v.extent(self.rows, self.cols) < 2**31 - 2**26 for v in self.views)
 
     @property
@@ -117,7 +120,7 @@ class Layout:
         return torch.empty_strided(like.shape, self.views[index].gradient_strides, dtype=like.dtype, device=device)
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Return uninitialised memory for a gradient: in the result's order if it has the result's size, else contiguous."""
+        """Return uninitialised memory for a gradient: in the result's order if it has its size, else contiguous."""
         if tensor.shape == self.shape:
             return torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

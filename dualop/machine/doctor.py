@@ -265,7 +265,7 @@ def _contents(folder: Path) -> str:
             try:
                 size += os.lstat(os.path.join(root, name)).st_size
             except OSError:
-                continue  # another process cleans up
+                continue  # another process has removed it
             builds += name.endswith(".so")
         if time.monotonic() > until:
             more = "more than "

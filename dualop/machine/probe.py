@@ -141,7 +141,10 @@ STEPS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Tool:
-    """Describe a program that builds need: `path` is None where it is missing, `problem` says why it does not answer."""
+    """Describe a program that builds need.
+
+    `path` is None where it is missing, and `problem` says why it does not answer.
+    """
 
     path: Path | None
     version: str = ""

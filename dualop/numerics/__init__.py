@@ -1,1 +1,1 @@
-"""The truth in float64, ulps, the cases of the cross-check, every number of a dtype. It knows no command line."""
+"""Judge results: the truth in float64, ulps, the cases of the cross-check, all numbers. It knows no command line."""

@@ -1,4 +1,4 @@
-"""The inputs of the cross-check: shapes, forms of operands, layouts in memory, special values."""
+"""Make the inputs of the cross-check: shapes, forms of operands, layouts in memory, special values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Case:
-    """What one call of a chain looks like, without its chain and dtype.
+    """Describe one call of a chain, without its chain and dtype.
 
     `operands` gives the forms of the operands in turn (see OPERAND_FORMS), `arrange` and `gradient` how x and gy lie
     in memory (see `arranged`). `special` puts special values into every third element of x, and zeros among the
@@ -52,7 +52,7 @@ class Case:
     gpu: bool = False
 
     def has(self, dtype: str) -> bool:
-        """Whether the case is worth a call in `dtype`: mixing a dtype with itself is not."""
+        """Return True if the case is worth a call in `dtype`: mixing a dtype with itself is not."""
         return self.mixed is None or DTYPES[dtype].itemsize < self.mixed.itemsize
 
 
@@ -86,7 +86,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Sample:
-    """The tensors of one call. `gy` has the result's shape and dtype."""
+    """Hold the tensors of one call. `gy` has the result's shape and dtype."""
 
     x: Tensor
     operands: tuple[Tensor, ...]
@@ -96,7 +96,7 @@ class Sample:
 
 
 def checked_chains() -> list[tuple[str, tuple[Case, ...]]]:
-    """What `dualop check` goes over: the default chain in all cases, some forms of chains, every stage by itself."""
+    """Return the chains of `dualop check`: the default chain in all cases, some forms of chains, every stage alone."""
     forms = [(text, (*STAGE_CASES, CASES[4], CASES[5])) for text in FORMS]
     return [(DEFAULT_CHAIN, CASES), *forms, *((stage.example, STAGE_CASES) for stage in STAGES.values())]
 
@@ -114,7 +114,7 @@ OPERAND_FORMS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
 
 
 def arranged(values: Tensor, how: str) -> Tensor:
-    """The same values, laid out in memory as `how` says."""
+    """Return the same values, laid out in memory as `how` says."""
     shape, rank = values.shape, values.dim()
     if how == "channels_last":
         return values.contiguous(memory_format=torch.channels_last)
@@ -130,7 +130,7 @@ def arranged(values: Tensor, how: str) -> Tensor:
 
 
 def sample(chain: Chain, case: Case, dtype: str, device: torch.device | str, seed: int) -> Sample:
-    """Fresh random tensors: the same for the same arguments, whatever else is checked."""
+    """Make fresh random tensors: the same for the same arguments, whatever else is checked."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {chain} {case.name} {dtype}".encode()))
 
     def normal(shape: Sequence[int]) -> Tensor:

@@ -1,11 +1,11 @@
-"""Comparison in ulps, and the cross-check of the backends against each other and against float64.
+"""Compare in ulps, and check the backends against each other and against float64.
 
-The measure: an error is divided by the spacing of its dtype at max(|exact|, S / 1024), where S is the largest
-magnitude of the exact result in that tensor over its ordinary inputs. So a value counts by its own digits unless it
-is a thousand times smaller than what the tensor holds; there its absolute error counts.
+An error is divided by the spacing of its dtype at max(|exact|, S / 1024), where S is the largest magnitude of the exact
+result in that tensor over its ordinary inputs. So a value counts by its own digits unless it is a thousand times
+smaller than what the tensor holds; there its absolute error counts.
 
-Nothing is compared in memory that happened to hold the right answer: `poisoned` fills whatever is allocated with NaN,
-so an element that a backend did not write differs.
+Memory that happens to hold the right answer must not count as a result. So `poisoned` fills all newly allocated memory
+with NaN, and an element that a backend did not write differs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dualop.op.callable import Chain
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome for one tensor: the largest error (of those beyond their tolerance, if any are), and where it is.
+    """Hold the outcome for one tensor: the largest error (beyond its tolerance, if any is), and where it is.
 
     `max_ulp` is infinite where NaN or infinity stands against a number. `actual` and `exact` are the values there.
     """
@@ -44,7 +44,7 @@ class Comparison:
 
 
 def spacing(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of neighbouring numbers of `dtype` at `magnitude` (float64, finite, not negative)."""
+    """Return the distance of neighbouring numbers of `dtype` at `magnitude` (float64, finite, not negative)."""
     info = torch.finfo(dtype)
     magnitude = magnitude.clamp(min=info.tiny)
     mantissa, _ = torch.frexp(magnitude)
@@ -52,9 +52,10 @@ def spacing(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def ulps(actual: Tensor, exact: Tensor, dtype: torch.dtype, scale: float = 0.0) -> Tensor:
-    """The error of each element of `actual` against `exact` (float64) in ulps of `dtype`; `scale` is S.
+    """Return the error of each element of `actual` against `exact` (float64) in ulps of `dtype`; `scale` is S.
 
-    NaN equals NaN only, and an infinity itself or what overflows to it. Everything else against them is inf.
+    NaN equals only NaN. An infinity equals itself or a value that overflows to it. Every other error with a NaN or an
+    infinity is inf.
     """
     info = torch.finfo(dtype)
     # The next number after the largest, had the exponent one more value: infinity counts as it when it is rounded to.
@@ -81,7 +82,7 @@ def compare(
     """Compare `actual` with `exact`, of one shape and any floating dtypes, in ulps of `actual`'s dtype.
 
     `tolerance` is in ulps, for all or for each element; `scale` is S, by default taken from `exact`; where `unsettled`
-    (bool) is true anything goes.
+    (bool) is true, any value is accepted.
     """
     if actual.shape != exact.shape:
         raise ValueError(f"shapes differ: {tuple(actual.shape)} and {tuple(exact.shape)}")
@@ -101,7 +102,7 @@ def compare(
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Within it, whatever torch allocates uninitialised is full of NaN, on every device."""
+    """Fill whatever torch allocates uninitialised with NaN, on every device, while this context is active."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     switch: Any = torch.utils.deterministic
     filling = switch.fill_uninitialized_memory
@@ -117,7 +118,7 @@ def poisoned() -> Iterator[None]:
 def results(
     function: Callable[..., Tensor], operands: Sequence[str], sample: Sample, poison: bool = True
 ) -> dict[str, Tensor]:
-    """`y` and the gradients as `function(x, *operands)` and autograd compute them, in poisoned memory if not told else.
+    """Return `y` and the gradients that `function(x, *operands)` and autograd compute, by default in poisoned memory.
 
     Raises AssertionError if an input was written, or a result has the wrong shape or dtype.
     """
@@ -143,7 +144,7 @@ def results(
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of one backend against float64 or another backend."""
+    """Hold one quantity of one backend against float64 or another backend."""
 
     backend: str
     against: str
@@ -161,7 +162,7 @@ class Row:
 
 
 def cross_check(chain: Chain, sample: Sample, backends: Sequence[str]) -> list[Row]:
-    """A row for each quantity of each backend against float64, and against each backend that follows it.
+    """Return a row for each quantity of each backend against float64 and against each backend after it.
 
     An error that a backend raises is a row that is not ok, with the error as its note.
     """

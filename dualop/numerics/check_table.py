@@ -1,4 +1,4 @@
-"""What `dualop check` prints: the largest error of every pair, and the mismatches."""
+"""Make what `dualop check` prints: the largest error of every pair, and the mismatches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_MISMATCHES = 40
 
 
 def summary(rows: Sequence[Row], by_quantity: bool = False) -> Table:
-    """A line for each dtype and pair, results and gradients apart: the comparison closest to (or beyond) its tolerance.
+    """Return a line for each dtype and pair, results and gradients apart, with the comparison nearest to its tolerance.
 
     `by_quantity` gives every gradient a line of its own.
     """
@@ -44,7 +44,7 @@ def summary(rows: Sequence[Row], by_quantity: bool = False) -> Table:
 
 
 def mismatches(rows: Sequence[Row]) -> Table:
-    """The comparisons that failed, the worst first, at most MOST_MISMATCHES."""
+    """Return the comparisons that failed, the worst first, at most MOST_MISMATCHES."""
     bad = sorted((row for row in rows if not row.ok), key=_severity, reverse=True)
     shown = f", the worst {MOST_MISMATCHES}" if len(bad) > MOST_MISMATCHES else ""
     table = Table(title=f"{len(bad)} mismatches{shown}", title_justify="left", style="red")
@@ -57,7 +57,7 @@ def mismatches(rows: Sequence[Row]) -> Table:
 
 
 def _severity(row: Row) -> float:
-    """How close to its tolerance: above 1 beyond it."""
+    """Return how close the error is to its tolerance; it is above 1 beyond it."""
     if row.max_ulp is None:
         return float("inf")
     return (0.0 if row.ok else 1.0) + (row.max_ulp / row.allowed_ulp if row.allowed_ulp else 0.0)

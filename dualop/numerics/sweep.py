@@ -1,4 +1,4 @@
-"""All numbers of a dtype, NaN and infinities among them, in pieces that fit into memory."""
+"""Produce all numbers of a dtype, NaN and infinities included, in pieces that fit into memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Sweep:
-    """The inputs of a chain of so many stages. `stride` (a power of two) takes every so many-th float32 only."""
+    """Describe the inputs of a chain of so many stages.
+
+    `stride` (a power of two) takes every so many-th float32 only.
+    """
 
     device: torch.device
     stride: int
@@ -43,17 +46,17 @@ class Sweep:
         return self.stride if dtype == "float32" else 1
 
     def pieces(self, dtype: str) -> int:
-        """How many tensors `inputs` gives."""
+        """Return how many tensors `inputs` yields."""
         return -(-self.count(dtype) // self.at_once)
 
     def shape(self, dtype: str) -> tuple[int, int]:
-        """Of a tensor that `inputs` gives."""
+        """Return the shape of a tensor that `inputs` yields."""
         return min(self.count(dtype), self.at_once) // COLUMNS, COLUMNS
 
     def inputs(self, dtype: str) -> Iterator[Tensor]:
-        """Tensors of rows of COLUMNS, on the device: from -0 down to the negative NaNs, then from 0 up.
+        """Yield tensors of rows of COLUMNS, on the device: from -0 down to the negative NaNs, then from 0 up.
 
-        Of the float32 of one stride, the lower bits differ from one to the next.
+        With a stride, the lower bits of the float32 numbers differ from one number to the next.
         """
         stride, count, half = self.stride_of(dtype), self.count(dtype), 2 ** (BITS[dtype] - 1)
         for start in range(0, count, self.at_once):
@@ -63,7 +66,7 @@ class Sweep:
 
 
 def bits_text(value: Tensor) -> str:
-    """The bits of one number: 0x3f800000."""
+    """Return the bits of one number, such as 0x3f800000."""
     size = 8 * value.element_size()
     return f"0x{value.view(INTEGERS[size]).item() % 2**size:0{size // 4}x}"
 
@@ -71,7 +74,7 @@ def bits_text(value: Tensor) -> str:
 def calls(
     chains: Iterable[Chain], dtypes: Iterable[str], device: torch.device
 ) -> list[tuple[Chain, Tensor, list[Tensor]]]:
-    """One call of each chain and dtype, shaped as the sweep's: what has to be compiled for it."""
+    """Return one call of each chain and dtype, shaped as the sweep's: these have to be compiled for it."""
     made = []
     for dtype in dtypes:
         x = torch.zeros(8, COLUMNS, dtype=DTYPES[dtype], device=device)

@@ -1,10 +1,11 @@
-"""What is right, and how far from it a backend may be.
+"""Define the right result, and how far from it a backend may be.
 
 The truth is `reference.evaluate` on the exact upcast of the inputs to float64, and its autograd gradients, term by
 term, so that the error of a sum can be judged by what was summed.
 
-Nothing is asked where torch itself has no answer: its gradients at NaN and infinity depend on whether its vectorised
-loop or the loop's tail met the element (hardtanh, elu), and some of its functions overflow in float32 on the way.
+Elements where torch itself has no answer are not judged: its gradients at NaN and infinity depend on whether its
+vectorised loop or the loop's tail computed the element (hardtanh, elu), and some of its functions overflow in float32
+on the way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dualop.numerics.cases import SPECIAL, Sample
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Ulps allowed at an element: `ulp` of its own, and so many of S's as `of_scale` says."""
+    """Hold the ulps allowed at an element: `ulp` of its own, plus `of_scale` times one of S."""
 
     ulp: float
     of_scale: float = 0.0
@@ -52,7 +53,7 @@ CANCELLING = {
 
 
 def largest(exact: Tensor, ordinary: Tensor | None = None) -> float:
-    """S: the largest finite magnitude in `exact`, over the `ordinary` elements if there are any."""
+    """Return S: the largest finite magnitude in `exact`, over the `ordinary` elements if there are any."""
     finite = exact.isfinite()
     if ordinary is not None and bool((finite & ordinary).any()):
         finite = finite & ordinary
@@ -61,12 +62,12 @@ def largest(exact: Tensor, ordinary: Tensor | None = None) -> float:
 
 @dataclass(frozen=True)
 class Truth:
-    """A quantity's exact value (float64), its S, where it is unsettled, and how large the parts of its tolerance are.
+    """Hold a quantity's exact value (float64), its S, where it is unsettled, and the parts of its tolerance.
 
-    In ulps of the element: what one ulp of each of its terms comes to (`terms`: 1 if it is no sum), what one ulp of S
-    in each comes to (`scales`), and what adding them up in the accumulator's dtype costs (`adding`, in its ulps).
-    Errors of many terms are as often up as down: their root mean square counts, four times over, but never more than
-    their sum.
+    The parts are in ulps of the element: what one ulp of each of its terms comes to (`terms`: 1 if it is no sum), what
+    one ulp of S in each comes to (`scales`), and what adding them up in the accumulator's dtype costs (`adding`, in its
+    ulps). Errors of many terms are as often up as down: their root mean square counts, four times over, but never more
+    than their sum.
     """
 
     value: Tensor
@@ -78,7 +79,7 @@ class Truth:
     inexact: Tolerance | None = None
 
     def tolerance(self, name: str, backend: str, dtype: torch.dtype, computed: torch.dtype) -> Tensor:
-        """Ulps of `dtype` that `backend` may be off, with kernels that compute as accurately as `computed` needs."""
+        """Return the ulps of `dtype` that `backend` may be off, with kernels as accurate as `computed` needs."""
         ulp = {d: torch.finfo(d).eps for d in TOLERANCE}
         coarse = max(dtype, computed, key=ulp.__getitem__)
         result, gradient = CANCELLING.get(backend, {}).get(coarse, TOLERANCE[coarse])
@@ -91,7 +92,7 @@ class Truth:
 
 
 def _differentiated(chain: Chain, sample: Sample, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """y and the terms of every gradient in torch's own arithmetic, each input first at the result's shape."""
+    """Return y and the terms of every gradient in torch's own arithmetic, with each input at the result's shape."""
     shape, device = sample.gy.shape, sample.gy.device
     leaves = [t.to(device, dtype).expand(shape).clone().requires_grad_() for t in (sample.x, *sample.operands)]
     with torch.enable_grad():
@@ -100,7 +101,7 @@ def _differentiated(chain: Chain, sample: Sample, dtype: torch.dtype) -> tuple[T
 
 
 def truth(chain: Chain, sample: Sample) -> dict[str, Truth]:
-    """The exact `y`, and the gradients `grad_x` and `grad_OPERAND` under `sample.gy`, from float64 arithmetic."""
+    """Return the exact `y` and the gradients `grad_x` and `grad_OPERAND` under `sample.gy`, from float64 arithmetic."""
     y, terms = _differentiated(chain, sample, torch.float64)
     wide = torch.float64 if sample.gy.dtype == torch.float64 else torch.float32
     torchs, torchs_terms = _differentiated(chain, sample, wide)
@@ -117,7 +118,7 @@ def truth(chain: Chain, sample: Sample) -> dict[str, Truth]:
 def _quantity(
     term: Tensor, shape: torch.Size, ordinary: Tensor, unsettled: Tensor, inexact: Tolerance | None = None
 ) -> Truth:
-    """The sum of `term` to `shape`."""
+    """Return the quantity that is the sum of `term` to `shape`."""
     scale = largest(term, ordinary)
     # A tensor that is zero all over has no S, but needs a divisor; and a tolerance must be a number, also for NaN.
     tiny = torch.finfo(torch.float64).tiny

@@ -1,16 +1,16 @@
-"""A chain of one variable on every number of a dtype: forward and derivative against float64.
+"""Verify a chain of one variable on every number of a dtype: forward and derivative against float64.
 
 S is the largest magnitude that the chain (or its derivative) takes over the float32 inputs with |x| <= 100. An error is
 counted in ulps: divided by the spacing of the dtype at max(|exact|, S / 1024).
 
-- At most 1 ulp in float16 and bfloat16 and 4 ulp in float32, and no more than torch eager's largest error in the same
-  dtype, which is measured beside: over all inputs, and over |x| <= 100 (beyond, eager's may be infinite).
-- No finite input gives NaN. What overflows the dtype may be infinite. Forward, NaN stays NaN, and an infinity gives
-  what torch gives; gradients there are not judged, nor inputs where the exact value is no number.
+- At most 1 ulp is allowed in float16 and bfloat16 and 4 ulp in float32, and no more than torch eager's largest error in
+  the same dtype, which is measured too: over all inputs, and over |x| <= 100 (beyond, eager's may be infinite).
+- No finite input may give NaN. What overflows the dtype may be infinite. In forward, NaN stays NaN, and an infinity
+  gives what torch gives. Gradients there are not judged, nor inputs where the exact value is no number.
 - Where a chain jumps (a clamp's gradient behind a tanh), an input so close to the jump that float32 arithmetic cannot
   know its side may give any value between those on both sides.
 
-Operands are numbers here: REPRESENTATIVE's unless told else. The default chain's is 0, so that z is x.
+Operands are numbers here, by default those of REPRESENTATIVE. The default chain's operand is 0, so that z is x.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from dualop.op.callable import Chain
 QUANTITIES = ("forward", "gradient")
 LIMIT = {"float32": 4.0, "bfloat16": 1.0, "float16": 1.0}
 ORDINARY = 100.0
-# Float32 arithmetic rounded once to 16 bits ends a few thousandths of an ulp beyond one half, eager's and ours: no
-# difference to judge by.
+# Float32 arithmetic rounded once to 16 bits ends a few thousandths of an ulp beyond one half, in eager and here. Such a
+# difference decides nothing.
 EAGER_SLACK = 0.01
-MOST_PROCESSES = 12  # that compile Triton kernels: each has a CUDA context and a piece of the inputs
+MOST_PROCESSES = 12  # for compiling Triton kernels: each has a CUDA context and a piece of the inputs
 NEAR = 2.0**-21  # four float32 ulps: what the arithmetic before a jump may be off by
 UNJUDGED = ("reference",)  # torch's own formulas in float32: shown, and no worse than eager by construction
 
@@ -51,7 +51,7 @@ REPRESENTATIVE = {"add": 0.0, "sub": 0.0, "rsub": 0.0, "mul": 1.25, "div": 3.0, 
 
 @dataclass(frozen=True)
 class Excuse:
-    """Why a chain may be off by up to `ulp` ulps, beyond LIMIT or worse than eager."""
+    """Say why a chain may be off by up to `ulp` ulps, beyond LIMIT or worse than eager."""
 
     ulp: float
     why: str
@@ -68,10 +68,11 @@ EXCUSES: dict[tuple[str, str, str], Excuse] = {
 
 @dataclass
 class Row:
-    """One quantity of one backend over the inputs of one dtype: the largest error, where it is, and what eager has.
+    """Hold the largest error of one quantity of one backend over the inputs of one dtype, its place, and eager's.
 
     `beyond` counts the inputs whose error is above `limit`, `at_jumps` those that a jump of the chain excuses,
-    `unjudged` the finite inputs whose exact value is no number. The values there: `actual` where `exact` is right.
+    `unjudged` the finite inputs whose exact value is no number. At the worst input, `actual` is the backend's value and
+    `exact` the right one.
     """
 
     chain: str
@@ -97,7 +98,7 @@ class Row:
 
     @property
     def problem(self) -> str:
-        """What is wrong, or an empty text."""
+        """Return what is wrong, or an empty text."""
         if self.beyond:
             return f"{self.beyond} beyond {self.limit:g} ulp"
         if max(self.max_ulp - self.eager_ulp, self.ordinary_ulp - self.eager_ordinary_ulp) > EAGER_SLACK:
@@ -106,7 +107,7 @@ class Row:
 
     @property
     def excuse(self) -> str:
-        """Why it may be so, or an empty text."""
+        """Return why the error may be as large as it is, or an empty text."""
         if self.backend in UNJUDGED:
             return "torch's formulas, not judged"
         excuse = EXCUSES.get((self.chain, self.dtype, self.quantity))
@@ -126,11 +127,11 @@ def verify(
     numbers: Mapping[str, float] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> list[Row]:
-    """A row for each dtype, backend and quantity.
+    """Return a row for each dtype, backend and quantity.
 
-    `numbers` are the operands' by their names, `stride` (a power of two) takes every so many-th float32. `progress` is
-    called after each piece. Raises DtypeError for float64, OperandError for a name that the chain does not take, and
-    what a backend raises.
+    `numbers` are the operands' values by their names; `stride` (a power of two) takes every so many-th float32.
+    `progress` is called after each piece. Raises DtypeError for float64, OperandError for a name that the chain does
+    not take, and the errors of the backend.
     """
     if wrong := [dtype for dtype in dtypes if dtype not in BITS]:
         raise DtypeError(f"{wrong[0]} has too many numbers to try all of them; there are {', '.join(BITS)}")
@@ -148,7 +149,7 @@ def verify(
 
 
 def prepare(chains: Sequence[Chain], dtypes: Sequence[str], device: torch.device, progress: Progress) -> None:
-    """Have Triton compile what `verify` will launch on a GPU, in parallel: it keeps that on disk."""
+    """Let Triton compile in parallel what `verify` will launch on a GPU; Triton keeps the result on disk."""
     if device.type == "cuda":
         sweeps = [(chain, Sweep(device, 1, len(chain.calls))) for chain in chains]
         tasks = [(chain, dtype, sweep.shape(dtype), device) for chain, sweep in sweeps for dtype in dtypes]
@@ -156,13 +157,13 @@ def prepare(chains: Sequence[Chain], dtypes: Sequence[str], device: torch.device
 
 
 def _once(chain: Chain, dtype: str, shape: tuple[int, int], device: torch.device) -> None:
-    with contextlib.suppress(Exception):  # `verify` will meet it again
+    with contextlib.suppress(Exception):  # `verify` reports the error
         x = torch.zeros(shape, dtype=DTYPES[dtype], device=device)
         _differentiated(partial(chain, backend="triton"), x, _operands(_numbers(chain, {}), dtype, device))
 
 
 def _numbers(chain: Chain, given: Mapping[str, float]) -> dict[str, float]:
-    """The number of each operand."""
+    """Return the number of each operand."""
     if wrong := [name for name in given if name not in chain.operands]:
         takes = ", ".join(chain.operands) or "no operand"
         raise OperandError(f"`{chain}` takes {takes}, not {', '.join(wrong)}")
@@ -171,12 +172,12 @@ def _numbers(chain: Chain, given: Mapping[str, float]) -> dict[str, float]:
 
 
 def _operands(numbers: Mapping[str, float], dtype: str, device: torch.device) -> list[Tensor]:
-    """A vector along the columns each, as a user's bias is."""
+    """Return each operand as a vector along the columns, like a user's bias."""
     return [torch.full((COLUMNS,), number, dtype=DTYPES[dtype], device=device) for number in numbers.values()]
 
 
 def _scales(chain: Chain, sweep: Sweep, numbers: Mapping[str, float], step: Callable[[], None]) -> tuple[float, ...]:
-    """S of the chain and of its derivative."""
+    """Return S of the chain and of its derivative."""
     operands = [t[0].double() for t in _operands(numbers, "float32", sweep.device)]
     scales = [0.0, 0.0]
     for x in sweep.inputs("float32"):
@@ -245,7 +246,7 @@ def _differentiated(function: Callable[..., Tensor], x: Tensor, operands: Sequen
 
 
 def _lost(row: Row, x: Tensor) -> Tensor | None:
-    """Inputs that do not reach the kernel: Triton's interpreter makes zeros of most bfloat16 subnormals."""
+    """Return the inputs that do not reach the kernel: Triton's interpreter makes most bfloat16 subnormals zero."""
     if not row.interpreted or (row.backend, row.dtype) != ("triton", "bfloat16"):
         return None
     return (x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)
@@ -255,7 +256,7 @@ Exact = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _add(row: Row, x: Tensor, actual: Tensor, right: Tensor, chosen: Tensor, truth: Exact) -> None:
-    """What one piece of the inputs adds to a row; all that matters in it is `chosen`."""
+    """Add the result of one piece of the inputs to a row; everything that matters in the row is `chosen`."""
     row.max_ulp = max(row.max_ulp, 0.0)
     places = chosen.view(-1).nonzero().view(-1)
     if not places.numel():
@@ -277,21 +278,26 @@ def _add(row: Row, x: Tensor, actual: Tensor, right: Tensor, chosen: Tensor, tru
 
 
 def _size(right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """The magnitudes whose spacing is the ulp."""
+    """Return the magnitudes whose spacing is the ulp."""
     info = torch.finfo(dtype)
     return right.abs().clamp_(min=max(min(scale, info.max) / 1024, info.tiny))
 
 
 def _larger(row: Row, actual: Tensor, right: Tensor, size: Tensor) -> Tensor:
-    """Where the error may be larger than what the row has seen or allows: only there it is counted in ulps, which takes
-    many passes over memory. An ulp is at least eps / 2 of a number."""
+    """Return where the error may be larger than what the row has seen or allows.
+
+    The error is counted in ulps only there, since that takes many passes over memory. An ulp is at least eps / 2 of a
+    number.
+    """
     seen = min(row.max_ulp, row.ordinary_ulp, row.limit) * torch.finfo(actual.dtype).eps / 2
     return ((actual - right).abs_().sub_(size, alpha=seen) <= 0).logical_not_()
 
 
 def _at_jump(truth: Exact, x: Tensor, actual: Tensor, row: Row) -> Tensor:
-    """Where the exact value differs as much between very close inputs as between eight times less close ones, so that
-    it jumps there, and the actual one lies in between."""
+    """Return where the exact value jumps and the actual value lies between both sides.
+
+    It jumps where it differs as much between very close inputs as between inputs eight times as far apart.
+    """
     quantity = QUANTITIES.index(row.quantity)
     low, high, lower, higher = (truth(x * (1 + k * NEAR))[quantity] for k in (-1, 1, -8, 8))
     between = actual.double().clamp(torch.minimum(low, high), torch.maximum(low, high))

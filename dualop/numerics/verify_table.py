@@ -1,4 +1,4 @@
-"""What `dualop verify` prints and writes: the table, for a terminal, as Markdown and as JSON."""
+"""Make what `dualop verify` prints and writes: the table, for a terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ bits, what is exact there and what came.
 
 
 def verdict(row: Row) -> str:
-    """ok, or what is wrong; why that is allowed; what was not judged."""
+    """Return ok, or what is wrong; also why an error is allowed, and what was not judged."""
     said = [row.problem or "ok", row.excuse if row.problem else ""]
     said += [f"{row.at_jumps} at a jump"] if row.at_jumps else []
     said += [f"{row.unjudged} not judged"] if row.unjudged else []
@@ -37,13 +37,13 @@ def verdict(row: Row) -> str:
 
 
 def how(row: Row) -> str:
-    """Over what: all numbers, or some; on what kernels."""
+    """Return what was covered, all numbers or some, and on which kernels."""
     numbers = f"{row.inputs:,} numbers, sampled" if row.sampled else f"all {row.inputs:,} numbers"
     return f"{row.dtype}: {numbers}{', interpreted' if row.interpreted else ''}"
 
 
 def render(rows: Sequence[Row]) -> Table:
-    """The rows of one chain."""
+    """Return the table with the rows of one chain."""
     table = Table(title=rows[0].chain, title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in WORDS else "right", overflow="fold")
@@ -58,7 +58,7 @@ def render(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row], command: str, machine: dict[str, Any], seconds: float) -> str:
-    """The page that is kept in the repository, with the command that writes it and what it ran on."""
+    """Return the page that is kept in the repository, with the command that writes it and the machine."""
     where = ", ".join(f"{key} {machine[key]}" for key in ("torch", "triton", "cuda", "python") if machine.get(key))
     ran = "; ".join(dict.fromkeys(map(how, rows)))
     lines = [
@@ -76,7 +76,7 @@ def markdown(rows: Sequence[Row], command: str, machine: dict[str, Any], seconds
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line on all of it."""
+    """Return one line on all of it."""
     bad, excused = sum(not row.ok for row in rows), sum(row.ok and bool(row.problem) for row in rows)
     judged = f"{len(rows)} figures of {len({row.chain for row in rows})} chains"
     allowed = f", {excused} allowed for a reason" if excused else ""
@@ -84,7 +84,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The fields of every row and its verdict; a figure that is infinite or NaN is a text."""
+    """Return the fields of every row and its verdict; a figure that is infinite or NaN becomes a text."""
     plain = lambda value: str(value) if isinstance(value, float) and not math.isfinite(value) else value
     fields = [{key: plain(value) for key, value in asdict(row).items()} for row in rows]
     more = [{"ok": row.ok, "verdict": verdict(row)} for row in rows]

@@ -1,1 +1,1 @@
-"""The torch operator: schema, the one autograd.Function, transforms, the short way. It names no backend."""
+"""Define the torch operator: schema, the one autograd.Function, transforms, the short way. It names no backend."""

@@ -1,10 +1,10 @@
-"""An op's Autograd kernel made of a torch.autograd.Function: each level of torch.func gets a node of its own.
+"""Make an op's Autograd kernel of a torch.autograd.Function: each level of torch.func gets a node of its own.
 
     apply = torch_private.single_level(F).apply   # F's forward calls the op again within `below_function()`
     def kernel(keyset, x): return differentiably(keyset, lambda: apply(x), lambda keys: op.redispatch(keys, x), (x,))
     library.impl("op", kernel, "Autograd", with_keyset=True)
 
-The mechanism takes private names of torch (dualop/torch_private.py). On a version of torch that dualop is not tested
+The mechanism needs private names of torch (dualop/torch_private.py). On a version of torch that dualop is not tested
 with, `try_out` runs it on an op of its own, whose derivatives are known.
 """
 
@@ -26,7 +26,7 @@ from dualop.torch_private import FUNCTION, transforms_active
 def differentiably(
     keyset: Any, apply: Callable[[], Any], below: Callable[[Any], Any], tensors: Sequence[Tensor]
 ) -> Any:
-    """Return apply(), which makes a node, if anybody may differentiate; else below(the keys below autograd)."""
+    """Return apply(), which makes a node, if anybody may differentiate; else return below(the keys below autograd)."""
     if transforms_active():
         with torch_private.single_level_allowed():
             return apply()

@@ -1,4 +1,4 @@
-"""`dualop.chain`: a chain that can be called on tensors."""
+"""Define `dualop.chain`: it makes a chain that can be called on tensors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dualop.op.library import run
 
 
 class Chain(syntax.Chain):
-    """An immutable chain of stages, callable on tensors.
+    """Represent an immutable chain of stages that can be called on tensors.
 
-    `chain(x, *operands, backend=None, **named_operands)` returns the result of all stages on `x + 0`: x of any shape
-    and of dtype float32, float16, bfloat16 or float64, on any device that a backend runs on; the operands, in the
-    order of `chain.operands` or by name, broadcast against x as torch would. Differentiable in x and every operand.
-    Raises OperandError, ShapeError, DtypeError, DeviceError, BackendUnavailable, BuildError.
+    `chain(x, *operands, backend=None, **named_operands)` returns the result of all stages on `x + 0`. x has any shape,
+    a dtype of float32, float16, bfloat16 or float64, and is on any device that a backend runs on. The operands, in the
+    order of `chain.operands` or by name, broadcast against x as in torch. The result is differentiable in x and in
+    every operand. Raises OperandError, ShapeError, DtypeError, DeviceError, BackendUnavailable, BuildError.
     """
 
     def __call__(self, x: Any, *operands: Any, backend: str | None = None, **named: Any) -> Any:

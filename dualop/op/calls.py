@@ -1,7 +1,7 @@
-"""What a call of the ops by their own names, `torch.ops.dualop.*`, has to be.
+"""Check calls of the ops by their own names, `torch.ops.dualop.*`.
 
-`dualop.op.library.run` makes no other, but anybody can call an op. A kernel trusts what it is given: with a gy of
-another shape than the result's it would read memory that is not gy's.
+`dualop.op.library.run` makes only correct calls, but anybody can call an op. A kernel trusts its arguments: with a gy
+of another shape than the result's it would read memory that does not belong to gy.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dualop.launch.layout import device_of
 
 
 def forward_chain(operands: Sequence[Tensor], text: str, backend: str) -> Chain:
-    """The chain that a `dualop::forward` runs. Raises ChainError, OperandError, BackendUnavailable."""
+    """Return the chain that a `dualop::forward` runs. Raises ChainError, OperandError, BackendUnavailable."""
     chain = syntax.parse(text)
     _check(chain, operands, backend)
     return chain
 
 
 def backward_chain(operands: Sequence[Tensor], text: str, backend: str, needs: Sequence[bool]) -> Chain | Slope:
-    """What a `dualop::backward` runs: a chain, or the slope of one. Raises as `forward_chain`."""
+    """Return what a `dualop::backward` runs: a chain, or the slope of one. Raises the errors of `forward_chain`."""
     chain = slopes.parse(text)
     _check(chain, operands, backend)
     if len(needs) != 1 + len(operands):
@@ -45,9 +45,9 @@ def check_gradient(gy: Tensor, x: Tensor, operands: Sequence[Tensor]) -> None:
 
 
 def check_shape(gy: Sequence[int], tensors: Sequence[Sequence[int]]) -> None:
-    """Raise ShapeError if the shape `gy` is not that of the result of tensors of these shapes.
+    """Raise ShapeError if `gy` is not the shape of the result of tensors of these shapes.
 
-    Sizes that a tracer does not know yet are taken to be right.
+    Sizes that a tracer does not know yet are assumed to be right.
     """
     shape = [_broadcast(sizes) for sizes in zip_longest(*map(reversed, tensors), fillvalue=1)][::-1]
     if len(gy) != len(shape) or any(type(n) is int and m not in (n, None) for n, m in zip(gy, shape, strict=True)):
@@ -55,7 +55,7 @@ def check_shape(gy: Sequence[int], tensors: Sequence[Sequence[int]]) -> None:
 
 
 def _broadcast(sizes: Sequence[int]) -> int | None:
-    """The size that these broadcast to, None if a tracer does not know it yet."""
+    """Return the size that these sizes broadcast to, None if a tracer does not know it yet."""
     wide = [n for n in sizes if type(n) is not int or n != 1]
     if not wide:
         return 1

@@ -1,12 +1,12 @@
-"""The two ops as torch knows them: defined once in a process, with an implementation that can be replaced.
+"""Define the two ops for torch once in a process, with an implementation that can be replaced.
 
     ops.define()                            torch.ops.dualop has the ops from now on
     ops.implement("forward", CPU=f, ...)    f runs for this op and dispatch key from now on
 
-A module may run again: importlib.reload, a notebook's autoreload, a test that purges sys.modules. torch lets no one
-define an op twice, and one that is taken back crashes whoever still holds it: an older chain, a compiled graph. So the
-definition stays, and what torch calls looks up the newest implementation in a table. Library and table lie where no
-purge of this package reaches them, beside the ops.
+A module may run again: by importlib.reload, a notebook's autoreload, or a test that purges sys.modules. torch does not
+allow a second definition of an op, and removing a definition crashes every holder of the op: an older chain, a compiled
+graph. So the definition stays, and what torch calls looks up the newest implementation in a table. Library and table
+are kept beside the ops, where no purge of this package reaches them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Table = dict[tuple[str, str], Callable[..., Any]]
 
 
 def define() -> None:
-    """Define the ops unless that was done. Raises DualopError if an older version of dualop defined other ones."""
+    """Define the ops unless they are defined. Raises DualopError if an older version of dualop defined other ones."""
     defined = _state().setdefault("schemas", SCHEMAS)
     if defined != SCHEMAS:
         raise DualopError("this process had another version of dualop, whose ops torch still has: start Python anew")
@@ -54,7 +54,7 @@ def define() -> None:
 
 
 def implement(name: str, **functions: Callable[..., Any]) -> None:
-    """Have these functions run for an op from now on: "fake", "vmap", and one for each dispatch key.
+    """Run these functions for an op from now on: "fake", "vmap", and one for each dispatch key.
 
     "setup_context" and "backward" serve in place of "Autograd" where this torch lacks the names of FUNCTION.
     """
@@ -62,7 +62,7 @@ def implement(name: str, **functions: Callable[..., Any]) -> None:
 
 
 def entry() -> CodeType:
-    """The code of what torch calls, which calls the functions given to `implement`."""
+    """Return the code of what torch calls; it calls the functions given to `implement`."""
     return _state()["entry"]
 
 

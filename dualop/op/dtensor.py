@@ -1,4 +1,4 @@
-"""How DTensor shards a chain: the rules of both ops, for torch.distributed.tensor.
+"""Define how DTensor shards a chain: the rules of both ops, for torch.distributed.tensor.
 
 A chain is pointwise, so whatever dimension of the result is sharded, every tensor that has this dimension is sharded
 along with it, and one that is broadcast along it is replicated; that one's gradient is then a partial sum. Gradients
@@ -28,7 +28,7 @@ known = False
 
 @torch_private.as_constant
 def know_dtensor() -> bool:
-    """Register the rules, once, if this process has DTensors. Costs a look into a dictionary until it has."""
+    """Register the rules once if this process has DTensors; until then this costs one look into a dictionary."""
     global known
     if not known and "torch.distributed.tensor" in sys.modules:
         known = _register()
@@ -46,7 +46,7 @@ def lacks_rules(tensors: Sequence[Tensor]) -> bool:
 
 
 def without_rules(chain: Chain, x: Tensor, operands: Sequence[Tensor], backend: str) -> Tensor:
-    """The chain of DTensors as torch's own functions. Raises BackendUnavailable for a backend that was named."""
+    """Compute the chain of DTensors with torch's own functions. Raises BackendUnavailable for a named backend."""
     if backend not in ("auto", "reference"):
         raise BackendUnavailable(
             f"backend {backend} cannot run DTensors on torch {torch.__version__}: {torch_private.DTENSOR.why_not}. "
@@ -68,9 +68,9 @@ def _register() -> bool:
 
 
 def sharded(shapes: Sequence[Sequence[int]]) -> list[tuple[Any, list[Any]]]:
-    """For shapes that broadcast together: (placement of the result, placement of each tensor) for one mesh dimension.
+    """Return (placement of the result, placement of each tensor) for one mesh dimension, one for each way to shard.
 
-    Sharded along each dimension of the result that has more than one element.
+    The shapes broadcast together, and are sharded along each dimension of the result that has more than one element.
     """
     from torch.distributed.tensor import Replicate, Shard
 
@@ -85,7 +85,7 @@ def sharded(shapes: Sequence[Sequence[int]]) -> list[tuple[Any, list[Any]]]:
 
 
 def _forward_strategy(schema: Any) -> Any:
-    """dualop::forward(x, operands, chain, backend) -> y"""
+    """Return the strategy of dualop::forward(x, operands, chain, backend) -> y."""
     from torch.distributed.tensor import Replicate
 
     shapes = _shapes(schema)
@@ -95,7 +95,7 @@ def _forward_strategy(schema: Any) -> Any:
 
 
 def _backward_strategy(schema: Any) -> Any:
-    """dualop::backward(gy, x, operands, chain, backend, needs) -> the gradients that are wanted"""
+    """Return the strategy of dualop::backward(gy, x, operands, chain, backend, needs) -> the requested gradients."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     _, *shapes = _shapes(schema)
@@ -117,7 +117,7 @@ def _shapes(schema: Any) -> list[tuple[int, ...]]:
 
 
 def _expand(schema: Any, rules: list[list[Any]], results: int) -> Any:
-    """All combinations of rules over the mesh's dimensions, as DTensor takes them."""
+    """Return all combinations of rules over the mesh's dimensions, in the form that DTensor takes."""
     names = torch_private.sharding_names()
     assert names is not None
     expanded = names[2](schema.get_mesh_from_args(), schema, rules, input_index=results)

@@ -1,9 +1,9 @@
-"""The short way to a kernel: past torch's dispatcher, where nothing could be watching a call.
+"""Go the short way to a kernel: past torch's dispatcher, where nothing observes a call.
 
-torch's dispatcher calls a Python kernel in some microseconds, as long as torch takes for a whole pointwise function,
-and a chain's op has two of them, for autograd and for the device. What the dispatcher is there for (subclasses, modes,
-transforms, tracers, the profiler, lazily negated tensors ...) shows in the tensors' types and keys and in a few
-switches of the thread; if none of it does, calling the backend is the same.
+torch's dispatcher takes some microseconds to call a Python kernel, as long as torch takes for a whole pointwise
+function, and a chain's op has two of them, for autograd and for the device. The dispatcher serves subclasses, modes,
+transforms, tracers, the profiler, lazily negated tensors and so on. All of these show in the tensors' types and keys
+and in a few switches of the thread. If none of them is present, calling the backend gives the same result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TYPES = frozenset((Tensor, torch.nn.Parameter))
 def unwatched(tensors: Sequence[Tensor]) -> bool:
     """Return True if no subclass, mode, transform, tracer or profiler can observe a call with these tensors.
 
-    False where that is not certain.
+    Return False where that is not certain.
     """
     return plain(tensors) and not torch_private.profiling()
 
@@ -93,7 +93,7 @@ def _unseen_watcher() -> str:
 
 
 def forward(calls: Any, arguments: tuple[str, str], tensors: Sequence[Tensor]) -> Tensor:
-    """The backend's result for (x, *operands), unwatched and checked; by `calls` (dualop/replay) if they know how."""
+    """Return the backend's result for (x, *operands), unwatched and checked; `calls` (dualop/replay) may replay it."""
     y = None if calls is None else calls(tensors[0], tensors[1:])
     if y is not None and y is not False:
         return y
@@ -106,7 +106,7 @@ def forward(calls: Any, arguments: tuple[str, str], tensors: Sequence[Tensor]) -
 def backward(
     calls: Any, arguments: tuple[str, str], gy: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
 ) -> Sequence[Tensor]:
-    """The backend's gradients, unwatched; `calls` do not know how yet, or are None."""
+    """Return the backend's gradients of an unwatched call; `calls` may not know it yet, or may be None."""
     backend, chain = registry.BACKENDS[arguments[1]], parse(arguments[0])
     if calls is None:
         return backend.backward(chain, gy, tensors[0], tensors[1:], needs)

@@ -1,11 +1,11 @@
-"""The op and the one autograd.Function that every backend shares.
+"""Define the op and the one autograd.Function that every backend shares.
 
-`ChainFunction` is not wrapped around the op `dualop::forward`, it is the op's kernel for the Autograd key: so whatever
-traces, fakes, exports or shards sees one op, and functorch meets the Function. Its backward is an op of its own,
-`dualop::backward`: one kernel for all gradients, differentiable through the same Function.
+`ChainFunction` is not wrapped around the op `dualop::forward`; it is the op's kernel for the Autograd key. So
+everything that traces, fakes, exports or shards sees one op, and functorch meets the Function. Its backward is an op of
+its own, `dualop::backward`: one kernel for all gradients, differentiable through the same Function.
 
-Rejected: a Function above the op (torch.compile and export look into it, dispatch modes do not see it);
-custom_op with register_autograd (torch.func.grad fails, forward mode silently gives zeros).
+Rejected: a Function above the op (torch.compile and export look into it, dispatch modes do not see it); custom_op with
+register_autograd (torch.func.grad fails, forward mode silently gives zeros).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _backward_op = torch.ops.dualop.backward.default
 
 
 def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -> Tensor:
-    """One call of a chain: check the tensors, resolve the backend once, dispatch or take the short way."""
+    """Run one call of a chain: check the tensors, resolve the backend once, dispatch or take the short way."""
     if not is_compiling():
         calls = known.get((chain.text, registry.requested() if backend is None else backend))
         y = None if calls is None else calls(x, operands)
@@ -107,7 +107,7 @@ def _backward_fake(
 
 
 def _same_shape(t: Tensor, y: Tensor) -> bool:
-    """Whether they have one shape, as far as is known of symbolic sizes."""
+    """Return True if they have one shape, as far as symbolic sizes are known."""
     if t.dim() != y.dim():
         return False
     if all(type(n) is int for n in (*t.shape, *y.shape)):
@@ -118,13 +118,14 @@ def _same_shape(t: Tensor, y: Tensor) -> bool:
 
 
 class ChainFunction(torch.autograd.Function):
-    """apply(op, arguments, *tensors): both ops of dualop with their derivatives, for every backend.
+    """Apply an op of dualop with its derivatives, for every backend: apply(op, arguments, *tensors).
 
-    `tensors` are (x, *operands) for the forward op and (gy, x, *operands) for the backward op, `arguments` the op's
+    `tensors` are (x, *operands) for the forward op and (gy, x, *operands) for the backward op; `arguments` are the op's
     others. On the short way (dualop/op/eager.py) of the forward op, `op` is what dualop/replay knows of its calls or
-    None, and the backend is resolved. It saves the tensors and nothing else. The derivative of the forward op is the
-    backward op; that one's is the backward op of the chain's slope (dualop/language/slopes.py) where there is one, else
-    the reference's, by torch's own functions, which torch can differentiate without end.
+    None, and the backend is resolved. The Function saves the tensors and nothing else. The derivative of the forward op
+    is the backward op. The derivative of the backward op is the backward op of the chain's slope
+    (dualop/language/slopes.py) where there is one, else the reference's: torch's own functions, which torch can
+    differentiate to any order.
     """
 
     @staticmethod
@@ -146,7 +147,7 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        op, tensors = ctx.op, ctx.saved_tensors  # read once: a checkpoint computes them then, and gives them out once
+        op, tensors = ctx.op, ctx.saved_tensors  # read once: a checkpoint recomputes them then, and returns them once
         short = op is not _forward_op and op is not _backward_op and not is_compiling()
         found: Any = False
         if short and op is not None:
@@ -165,7 +166,7 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _op: None, _arguments: None, *tangents: Tensor | None) -> Tensor:
-        # Of the forward op only: see _backward_autograd.
+        # This serves the forward op only: see _backward_autograd.
         # The chain is pointwise: with every input at the result's shape, the gradients of its sum are the derivatives.
         dtype = _result_fake(ctx.saved_tensors[0], ctx.saved_tensors[1:]).dtype
         device = device_of(ctx.saved_tensors[0], ctx.saved_tensors[1:])  # a number may lie on the CPU
@@ -174,21 +175,21 @@ class ChainFunction(torch.autograd.Function):
         arguments = (*ctx.arguments, [t is not None for t in tangents])
         with nullcontext() if FUNCTION.works else torch.enable_grad():
             derivatives = _operate(_backward_op, arguments, (torch.ones_like(y), x, *operands))
-        # Reverse over forward mode of one level needs the products in its graph, functorch has a level for each.
+        # Reverse over forward mode at one level needs the products in its graph; functorch has a level for each.
         with below_function() if FUNCTION.works and transforms_active() else nullcontext():
             terms = [d * t for d, t in zip(derivatives, [t for t in tangents if t is not None], strict=True)]
             return sum(terms[1:], terms[0]).to(dtype)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], op: Any, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
-        # Where the Function is applied above the forward op; else the ops' own rules serve.
+        # This serves where the Function is applied above the forward op; otherwise the ops' own rules do.
         return _forward_vmap(info, (in_dims[2], in_dims[3:]), tensors[0], tensors[1:], *arguments)
 
 
 def _operate(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
-    """The op's result, with whatever derivatives and transforms are wanted.
+    """Return the op's result, with whatever derivatives and transforms are active.
 
-    The op's own Autograd kernel sees to them. Without the private names that this takes, the Function is applied above
+    The op's own Autograd kernel handles them. Without the private names that this needs, the Function is applied above
     the forward op in the public way (Dynamo refuses a Function with a jvp, but traces the op), and a gradient that may
     be differentiated again is made of torch's own functions.
     """
@@ -210,14 +211,14 @@ def _call(op: Any, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any
 def _gradients(
     arguments: tuple[str, str], gy: Tensor, tensors: Sequence[Tensor], needs: list[bool]
 ) -> Sequence[Tensor]:
-    """The derivative of the forward op: the gradients of those of (x, *operands) that `needs` asks for."""
+    """Return the derivative of the forward op: the gradients of those of (x, *operands) that `needs` asks for."""
     return _operate(_backward_op, (*arguments, needs), (gy, *tensors))
 
 
 def _second(
     arguments: tuple[Any, ...], cotangents: Sequence[Tensor], tensors: Sequence[Tensor], needs: list[bool]
 ) -> Sequence[Tensor]:
-    """The derivative of the backward op: the gradients of those of (gy, x, *operands) that `needs` asks for."""
+    """Return the derivative of the backward op: the gradients of those of (gy, x, *operands) that `needs` asks for."""
     chain, backend, _ = arguments
     sloped = slope(chain)
     if sloped is None:
@@ -228,11 +229,11 @@ def _second(
 
 
 def _reference_gradients(chain: str, _backend: str, needs: Sequence[bool]) -> Callable[..., tuple[Tensor, ...]]:
-    """The backward op as a function of (gy, x, *operands) made of torch's differentiable functions."""
+    """Return the backward op as a function of (gy, x, *operands), made of torch's differentiable functions."""
     return lambda gy, x, *operands: tuple(reference_gradients(parse(chain), gy, x, operands, needs))
 
 
-# The Function as torch's own transforms make theirs: a node of one level, without the way through functorch.
+# A node of one level, as torch's own transforms make it, without the detour through functorch.
 apply = torch_private.single_level(ChainFunction).apply
 
 
@@ -248,7 +249,7 @@ def _backward_autograd(
     arguments, tensors = (chain, backend, list(needs)), (gy, x, *operands)
     backward_chain(operands, *arguments)
     check_gradient(gy, x, operands)
-    if forward_mode(tensors):  # by functions that torch has tangents for
+    if forward_mode(tensors):  # compute it by functions that torch has tangents for
         return list(_reference_gradients(*arguments)(*tensors))
     below = lambda keys: _backward_op.redispatch(keys, gy, x, operands, *arguments)
     return list(differentiably(keyset, lambda: apply(_backward_op, arguments, *tensors), below, tensors))
@@ -257,7 +258,7 @@ def _backward_autograd(
 def _backward_legacy_vmap(
     gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """The vmap inside of torch.autograd.grad(is_grads_batched=True), which knows no op with a list of results."""
+    """Implement the vmap of torch.autograd.grad(is_grads_batched=True), which supports no op that returns a list."""
     return list(_reference_gradients(chain, backend, needs)(gy, x, *operands))
 
 
@@ -290,7 +291,7 @@ def _backward_rule(ctx: Any, cotangents: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def _batched(tensors: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
-    """The batch dimension first, then dimensions of size 1 up to a common rank, so that broadcasting still holds."""
+    """Move the batch dimension first and pad with dimensions of size 1 to a common rank, which keeps broadcasting."""
     rank = max(t.dim() - (d is not None) for t, d in zip(tensors, dims, strict=True))
     moved = [t.unsqueeze(0) if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
     return [t.reshape(t.shape[0], *[1] * (rank + 1 - t.dim()), *t.shape[1:]) for t in moved]
@@ -304,7 +305,7 @@ def _forward_vmap(
     info: Any, dims: tuple[Any, ...], x: Tensor, operands: Sequence[Tensor], chain: str, backend: str
 ) -> tuple[Tensor, int]:
     tensors, places = (x, *operands), (dims[0], *_operand_dims(dims[1], operands))
-    # A number a sample promotes as a number does, though all samples' numbers, if any, lie in one tensor.
+    # One number per sample promotes as a number does, although one tensor holds the numbers of all samples.
     sample = [t if d is None else t.new_empty(t.movedim(d, 0).shape[1:]) for t, d in zip(tensors, places, strict=True)]
     x, *operands = _batched(tensors, places)
     return _operate(_forward_op, (chain, backend), (x, *operands)).to(result_dtype(sample[0], sample[1:])), 0
@@ -328,7 +329,7 @@ def _backward_vmap(
     ]
     check_shape(gy.shape if dims[0] is None else gy.movedim(dims[0], 0).shape[1:], shapes)
     gy, *batched = _batched((gy, *inputs), (dims[0], dims[1], *_operand_dims(dims[2], operands)))
-    # Every sample has a gradient of its own, also of an input that all samples share.
+    # Every sample has its own gradient, also for an input that all samples share.
     size = info.batch_size
     x, *operands = [t.expand(size, *t.shape[1:]) for t in batched]
     gy = gy.expand(size, *gy.shape[1:])

@@ -1,14 +1,15 @@
-"""The short way in C++: known calls are made again without Python, but for one function.
+"""Replay known calls in C++, the short way without Python except for one function.
 
-    calls = native.known.get((chain.text, "cuda"))      # None: Python's way
-    y = calls(x, (bias,))                               # a result; None: not seen yet; False: another way
+    calls = replay.known.get((chain.text, "cuda"))      # None: use Python
+    y = calls(x, (bias,))                               # a result; None: not seen yet; False: use another way
 
-A call's first time goes Python's way and is recorded (dualop/replay/record.py): which memory it allocates, what its
-launchers are given. Each later call with tensors of the same layouts, dtypes, device and alignment is made again from
-the record: `replay` in module.cpp checks that nobody watches, allocates, fills in addresses and calls the launchers.
+The first call of its kind runs in Python and is recorded (dualop/replay/record.py): which memory it allocates, and what
+its launchers receive. Each later call with tensors of the same layouts, dtypes, device and alignment is replayed from
+the record: `replay` in module.cpp checks that nothing observes the call, allocates, fills in addresses and calls the
+launchers.
 
-The extension is compiled once for a Python and a torch, in the background of a process's first call; until it is there,
-and wherever it cannot be built, Python's way serves. DUALOP_NATIVE=0 switches it off.
+The extension is compiled once for a Python and a torch, in the background of a process's first call. Until it is ready,
+and wherever it cannot be built, calls run in Python. DUALOP_NATIVE=0 switches it off.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ from dualop.launch import tuned
 SOURCES = ("tensors.h", "triton.h", "call.h", "module.cpp")
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
 LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10")
-SECONDS = 120  # more than any compiler takes, so that a hanging one is given up
+SECONDS = 120  # longer than any compiler needs, so that a hanging one is abandoned
 
-# The Calls of a chain's text and the name of a backend, "auto" too.
+# The Calls by a chain's text and the name of a backend, "auto" included.
 known: dict[tuple[str, str], Any] = {}
-# The lock of Python is what keeps the records from being changed while they are read.
+# Python's global lock prevents changes of the records while they are read.
 on = os.environ.get("DUALOP_NATIVE", "1") not in ("", "0") and not sysconfig.get_config_var("Py_GIL_DISABLED")
 why_not = "" if on else "DUALOP_NATIVE=0"  # the extension is not there
 
 _module: Any = None
 _begun = False
-_building = False  # a thread is at it
+_building = False  # a thread is building
 
 
 class Extension(build.Build):
-    """The extension's library. Compiled without load_inline, beside whose builds of kernels it can run."""
+    """Build the extension's library without load_inline, so that it can be compiled while kernels are built."""
 
     def _made(self, work: Path) -> Path:
         made, root = work / f"{self.name}.so", Path(torch.__file__).parent
@@ -65,7 +66,7 @@ class Extension(build.Build):
 
 
 def _run(command: list[str]) -> tuple[int, str]:
-    """Exit status and output of a compiler that ends with this process, whose daemon thread nobody waits for."""
+    """Return exit status and output of a compiler that ends with this process; nobody waits for its daemon thread."""
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process, owner = subprocess.Popen(command, **pipes, start_new_session=True), os.getpid()
 
@@ -86,7 +87,7 @@ def _run(command: list[str]) -> tuple[int, str]:
 
 
 def extension() -> Extension:
-    """The extension for this Python and this torch."""
+    """Return the extension for this Python and this torch."""
     lines = [line for name in SOURCES for line in (Path(__file__).parent / name).read_text("utf-8").splitlines()]
     own = [line for line in lines if line != "#pragma once" and '#include "' not in line]
     about = f"// {sysconfig.get_config_var('SOABI')} {' '.join(FLAGS)}"
@@ -94,15 +95,15 @@ def extension() -> Extension:
 
 
 def missing() -> list[str]:
-    """What keeps this machine from compiling the extension, each with what to do about it."""
+    """Return what keeps this machine from compiling the extension, each with advice."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return [*build.missing_tools(True), *([] if header.is_file() else [f"no {header}: install Python's headers"])]
 
 
 def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any]) -> Any:
-    """The Calls of a chain on the `backend` that `requested` chose, made if need be; None without the extension.
+    """Return the Calls of a chain on the `backend` that `requested` chose, or None without the extension.
 
-    `apply` is that of the autograd.Function, which makes a node where a call wants one.
+    They are created if needed. `apply` is that of the autograd.Function, which makes a node where a call needs one.
     """
     if not on or backend == "reference" or not torch_private.SHORT_WAY.works:
         return None
@@ -117,12 +118,12 @@ def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any]) -
 
 
 def triton_launcher() -> int:
-    """The address of `launch_triton` in triton.h."""
+    """Return the address of `launch_triton` in triton.h."""
     return _module.triton_launcher
 
 
 def forget() -> None:
-    """Have every call go Python's way once more: another launch may be chosen from now on."""
+    """Forget all records, so that every call runs in Python once more: another launch may be chosen from now on."""
     for found in list(known.values()):
         found.forget()
 
@@ -131,7 +132,7 @@ tuned.on_change(forget)
 
 
 def load() -> bool:
-    """Compile the extension now unless it is there; whether it is. `why_not` says why if not."""
+    """Compile the extension now unless it exists, and return whether it exists. `why_not` says why if not."""
     global _begun
     if on and _module is None:
         _begun = True
@@ -140,7 +141,7 @@ def load() -> bool:
 
 
 def _begin() -> None:
-    """Load the extension, or have a thread build it, which the end of the process does not wait for."""
+    """Load the extension, or build it in a thread that the end of the process does not wait for."""
     global _begun, _building
     with locks.brief:
         if _begun:
@@ -148,7 +149,7 @@ def _begin() -> None:
         _begun = _building = True
     try:
         built = extension().try_load() is not None
-    except Exception:  # the build will meet it again, and say so
+    except Exception:  # the build will fail in the same way and report it
         built = False
     if built:
         _build()
@@ -160,13 +161,13 @@ def _build() -> None:
     global _module, why_not, _building
     try:
         _module, why_not = _imported(extension().load()._name), ""
-    except Exception as error:  # whatever it is, Python's way serves
+    except Exception as error:  # whatever it is, calls run in Python
         why_not = next(iter(str(error).splitlines()), type(error).__name__)
     _building = False
 
 
 def _in_child() -> None:
-    """Forked while a thread was building: the child does not have that thread, and begins anew."""
+    """Start anew in a child that was forked while a thread was building, because the child lacks that thread."""
     global _begun, _building
     if _building:
         _begun = _building = False
@@ -177,7 +178,7 @@ locks.in_child(_in_child)
 
 @lru_cache(maxsize=1)
 def _imported(path: str) -> Any:
-    """The module, told what it has to know of torch."""
+    """Import the module, and tell it what it has to know of torch."""
     loader = importlib.machinery.ExtensionFileLoader("dualop_native", path)
     spec = importlib.util.spec_from_loader("dualop_native", loader)
     assert spec is not None

@@ -1,8 +1,9 @@
-"""A call's record: what Python's way allocates and launches, as places of addresses, for C++ to do again.
+"""Record a call: what Python allocates and launches, with places for addresses, so that C++ can repeat it.
 
-A word of a launch is a number, or a tensor where the launcher wants its address. A tensor that the call was not given
-is memory that it allocated, uninitialised. So it is if nothing was copied, which shows: a tensor that no kernel read
-itself is missing among the words, and so is a result that torch computed. Then there is no record.
+A word of a launch is a number, or a tensor where the launcher needs its address. A tensor that the call did not receive
+is assumed to be memory that it allocated, uninitialised. That is right if nothing was copied, which is detected: a
+tensor that no kernel read itself is missing among the words, and so is a result that torch computed. In these cases the
+call is not recorded and keeps running in Python.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ _here = threading.local()
 
 
 def number(word: Word) -> int:
-    """The word that the launcher gets."""
+    """Return the word that the launcher gets."""
     return word if isinstance(word, int) else 0 if word is None else word.data_ptr()
 
 
 def address(launcher: Any) -> int:
-    """Of a ctypes function."""
+    """Return the address of a ctypes function."""
     return ctypes.cast(launcher, ctypes.c_void_p).value or 0
 
 
 def recording() -> bool:
-    """Whether this thread records a call."""
+    """Return True if this thread records a call."""
     return getattr(_here, "launches", None) is not None
 
 
 def launched(launcher: Any, words: Sequence[Word], stream: int, allowed: Callable[[], bool] | None = None) -> None:
-    """Said by a backend of each launch: a ctypes function of a block of words, or its address, and these words."""
+    """Record a launch; backends call this once per kernel, with a ctypes function or its address, and its words."""
     if recording():
         at = launcher if isinstance(launcher, int) else address(launcher)
         _here.launches.append((at, words, stream, allowed))
@@ -46,7 +47,7 @@ def launched(launcher: Any, words: Sequence[Word], stream: int, allowed: Callabl
 def recorded(
     calls: Any, tensors: Sequence[Tensor], needs: Sequence[bool] | None, call: Callable[[], Sequence[Tensor]]
 ) -> Sequence[Tensor]:
-    """The results of `call`, after which `calls` (dualop/replay/module.cpp) knows how they are made.
+    """Return the results of `call`; afterwards `calls` (dualop/replay/module.cpp) knows how they are made.
 
     `needs` is None forward; backward it says for each of (x, *operands) whether its gradient is among the results.
     """
@@ -65,7 +66,7 @@ def recorded(
 def _record(
     tensors: Sequence[Tensor], needs: Sequence[bool] | None, launches: Sequence[Launched], results: Sequence[Tensor]
 ) -> tuple[Any, ...]:
-    """What Calls.learn takes. Without launches where there is no record."""
+    """Return what Calls.learn takes. It has no launches where the call cannot be recorded."""
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     used = [[(slot, t) for slot, t in enumerate(words) if isinstance(t, Tensor)] for _, words, *_ in launches]
     buffers = {id(t): t for pairs in used for _, t in pairs if id(t) not in places}

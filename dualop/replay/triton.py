@@ -1,7 +1,7 @@
-"""A launch of Triton's as words for `launch_triton` (triton.h), which spares a call Triton's launcher in Python.
+"""Describe a launch by Triton in words for `launch_triton` (triton.h), which replaces Triton's launcher in Python.
 
-What is relied on, of triton 3.6 to 3.9: a kernel's parameters are those of its signature that are no constants, and two
-pointers to scratch memory, which kernels that ask for none do not read.
+This relies on a property of triton 3.6 to 3.9: a kernel's parameters are those of its signature that are no constants,
+and two pointers to scratch memory, which kernels that ask for none do not read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PLAIN = {"num_ctas": 1, "launch_cooperative_grid": False, "global_scratch_size":
 
 
 def launched(compiled: Any, grid: Sequence[int], values: Sequence[Any], named: Mapping[str, Any]) -> None:
-    """Said of each launch: what the kernel's call gave (None: interpreted), its grid, and its arguments."""
+    """Record a launch: the value of the kernel's call (None: interpreted), its grid, and its arguments."""
     if compiled is not None and record.recording():
         words = _words(compiled, grid, values, named)
         if words is not None:
@@ -29,7 +29,7 @@ def launched(compiled: Any, grid: Sequence[int], values: Sequence[Any], named: M
 
 
 def _words(compiled: Any, grid: Sequence[int], values: Sequence[Any], named: Mapping[str, Any]) -> list[Word] | None:
-    """None if the launch is none that triton.h can make."""
+    """Return the words, or None if triton.h cannot make this launch."""
     metadata, signature = compiled.metadata, compiled.src.signature
     if any(getattr(metadata, name, None) != value for name, value in PLAIN.items()):
         return None
@@ -48,7 +48,7 @@ def _words(compiled: Any, grid: Sequence[int], values: Sequence[Any], named: Map
 
 
 def _quiet(compiled: Any) -> Callable[[], bool]:
-    """Whether nobody has hooked himself into Triton's launches. It holds the kernel, which Triton may forget."""
+    """Return True if nobody has hooked into Triton's launches. It holds the kernel, which Triton may forget."""
     from triton import knobs
 
     runtime = knobs.runtime
