@@ -25,6 +25,11 @@ ROWS_OF_TORCH  := tests/torch_contract $(addprefix tests/test_,autograd.py calls
 # `make contract-table TORCH=VERSION` writes this page from a run of every row of the contract on every backend.
 CONTRACT_TABLE := docs/torch_contract/torch-$(basename $(TORCH)).md
 
+# `make quick` runs these, and of test_stages.py every stage in float32 alone: what most mistakes show in.
+QUICK      := tests/torch_contract $(addprefix tests/test_,calls.py chains.py direct.py layout.py nn.py ranges.py \
+                registry.py stages.py)
+QUICK_PART := "not test_stages or test_stage and float32 or three_tables or complete"
+
 export DUALOP_CACHE_DIR ?= $(CURDIR)/.cache/dualop
 
 .PHONY: test quick test-torch contract-table test-gpu bench lint venv clean
@@ -32,6 +37,9 @@ export DUALOP_CACHE_DIR ?= $(CURDIR)/.cache/dualop
 
 test: lint $(TRITON36)/.installed
 	DUALOP_INTERPRET=1 DUALOP_TRITON36=$(CURDIR)/$(TRITON36) $(PY) -m pytest $(PYTEST) -m "not gpu"
+
+quick: lint
+	DUALOP_INTERPRET=1 $(PY) -m pytest $(PYTEST) -x -m "not gpu and not slow" -k $(QUICK_PART) $(QUICK)
 
 test-torch: $(VERSIONED_KEY)
 	DUALOP_INTERPRET=1 $(VERSIONED)/bin/python -m pytest $(PYTEST) -m "not gpu" $(ROWS_OF_TORCH)

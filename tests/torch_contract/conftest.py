@@ -16,7 +16,7 @@ from conftest import HAS_GPU, INTERPRETED
 
 from dualop.backends import registry
 from dualop.bench.table import device_info
-from torch_contract.rows import ROWS
+from torch_contract.rows import DISTRIBUTED, ROWS, Row
 from torch_contract.table import Outcome, page
 
 ON_GPU = HAS_GPU and not INTERPRETED
@@ -38,12 +38,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"row", "backend"} <= set(metafunc.fixturenames):
         everything = ON_GPU or metafunc.config.getoption("table", None) is not None
         params = [
-            pytest.param(row, backend, marks=[pytest.mark.gpu] * (ON_GPU or row.gpus > 0), id=f"{row.name}-{backend}")
+            pytest.param(row, backend, marks=_marks(row), id=f"{row.name}-{backend}")
             for row in ROWS
             for backend in registry.BACKENDS
             if everything or backend == SLOW_ON or not row.slow
         ]
         metafunc.parametrize(("row", "backend"), params)
+
+
+def _marks(row: Row) -> list[pytest.MarkDecorator]:
+    gpu, slow = ON_GPU or row.gpus > 0, row.slow or row.group == DISTRIBUTED
+    return [pytest.mark.gpu] * gpu + [pytest.mark.slow] * slow
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -103,6 +103,7 @@ def test_what_is_allowed_is_not_refused() -> None:
         refused(lambda: torch.ones(2) + torch.ones(3), "inference")
 
 
+@pytest.mark.slow
 def test_a_run_writes_passes_failures_and_what_it_cannot_try(tmp_path: Path) -> None:
     """With rows of its own, on a worker of xdist, whose reports have to reach the process that writes."""
     pytest.importorskip("xdist")
