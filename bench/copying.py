@@ -1,8 +1,8 @@
-"""The times that a kernel is measured against: a device copy of the same bytes, and a launch that does nothing.
+"""Time what kernels are compared with: a device copy of the same bytes, and an empty launch.
 
-torch copies by cudaMemcpyAsync, which for some sizes takes a quarter longer than for their neighbours, wherever the
-buffers lie: on one H100 444 microseconds for 512 MiB to 512 MiB, and 359 for 16 KiB more. So a kernel of torch's that
-reads and writes the same bytes is timed as well, and the faster one counts.
+torch copies by cudaMemcpyAsync, which for some sizes takes a quarter longer than for similar sizes, at all addresses:
+on one H100 444 microseconds for 512 MiB to 512 MiB, and 359 for 16 KiB more. So a kernel of torch's that reads and
+writes the same bytes is timed as well, and the faster one counts.
 """
 
 from __future__ import annotations

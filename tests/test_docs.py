@@ -121,3 +121,56 @@ def test_the_examples_of_a_page_run(page: Path) -> None:
     """All but those of torch.export, which stand for a program of the reader's."""
     code = "\n".join(block for block in blocks(page) if "torch.export" not in block)
     exec(compile(code, page.name, "exec"), {})
+
+
+# Words that open a noun phrase or half a sentence where an imperative should stand.
+NO_IMPERATIVE = re.compile(
+    "(A|All|Along|Also|An|As|At|By|From|How|It|None|Of|On|One|Said|So|That|The|What|Where|Whether|Who|Why|Within)$"
+)
+# The docstrings of these files are still to be rewritten. Take a file off this list when that is done.
+TO_BE_REWRITTEN = (
+    "dualop/backends/",
+    "dualop/capabilities/",
+    "dualop/language/",
+    "dualop/launch/candidates.py",
+    "dualop/launch/tune.py",
+    "dualop/launch/tuned.py",
+    "dualop/linear.py",
+    "dualop/numerics/exact.py",
+)
+SOURCES = [
+    path
+    for folder in ("dualop", "bench")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if not name(path).startswith(TO_BE_REWRITTEN)
+]
+
+
+def faults_of_docstrings(code: str) -> list[str]:
+    """Return the public docstrings of a module that do not open with one imperative sentence on one line."""
+    faults = []
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            continue
+        docstring, called = ast.get_docstring(node), getattr(node, "name", "module")
+        if docstring is None or (called.startswith("_") and not called.endswith("__")):
+            continue
+        first = docstring.split("\n\n")[0]
+        word = first.split()[0]
+        if "\n" in first or first[-1] not in ".:" or not re.match("[A-Z][a-z]+$", word) or NO_IMPERATIVE.match(word):
+            faults.append(f"{called}: {first}")
+    return faults
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_public_docstrings_open_with_an_imperative_sentence(path: Path) -> None:
+    assert not faults_of_docstrings(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    ["Of a ctypes function.", "Whether it works.", "Return a number", "Return a\n    number.", "chain(x) in one."],
+)
+def test_half_a_sentence_is_found(docstring: str) -> None:
+    assert len(faults_of_docstrings(f'def f():\n    """{docstring}"""')) == 1
+    assert not faults_of_docstrings('"""Return the address.\n\nOf a function.\n"""')
