@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualop import torch_private
-from dualop.backends import registry, triton
+from dualop.backends import registry
+from dualop.backends.triton import TRITON
 from dualop.build.generated import imported
 from dualop.errors import BackendUnavailable
 from dualop.language.program import steps
@@ -120,7 +121,7 @@ def _of_call(x: Tensor, name: str) -> list[str]:
         return [f"the backend is {name}, and this kernel is triton's"]
     if torch.is_autocast_enabled(x.device.type):
         return ["autocast is on"]
-    return triton.Triton().environment()
+    return TRITON.environment()
 
 
 def _of_tensors(x: Tensor, weight: Tensor, operands: Sequence[Tensor]) -> list[str]:
@@ -187,7 +188,7 @@ def launch(
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     z = torch.empty_like(y) if save else None
     kernel, grid, arguments, constants, options = prepared(chain, _rows(x), _rows(weight), y, z, operands, tile or TILE)
-    with triton._on(x.device):
+    with TRITON.on(x.device):
         kernel[grid](*arguments, **constants, **options)
     return y, z
 
@@ -217,7 +218,7 @@ def prepared(
         "SAVE": z is not None, "DESCRIPTORS": descriptors, "NARROW": view.narrow, "BITS": view.bits,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": deep, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
-    options = {} if registry.interpreting() else {**triton._options(32 * tile.warps), "num_stages": tile.stages}
+    options = {} if registry.interpreting() else {**TRITON.options(32 * tile.warps), "num_stages": tile.stages}
     arguments = [*matrices, *views, rows, cols, depth, x.stride(0), weight.stride(0)]
     return kernel, (min(tiles, tile.programs * multiprocessors(x.device)),), arguments, constants, options
 

@@ -19,7 +19,6 @@ from dualop.backends.registry import BACKENDS
 from dualop.cli.app import Commands, Lazy
 from dualop.language.stages import STAGES
 from dualop.numerics import cases
-from dualop.numerics.truth import CANCELLING
 
 HELP = """
 import sys
@@ -61,7 +60,6 @@ class Wrong(Reference):
 @pytest.fixture
 def wrong(monkeypatch):
     monkeypatch.setitem(BACKENDS, "wrong", Wrong())
-    monkeypatch.setitem(CANCELLING, "wrong", CANCELLING["reference"])
     return "wrong"
 
 

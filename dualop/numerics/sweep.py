@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dualop.backends.base import Planned
 from dualop.language.syntax import Chain
 from dualop.numerics.cases import DTYPES
 
@@ -68,12 +69,13 @@ def bits_text(value: Tensor) -> str:
     return f"0x{value.view(INTEGERS[size]).item() % 2**size:0{size // 4}x}"
 
 
-def calls(
-    chains: Iterable[Chain], dtypes: Iterable[str], device: torch.device
-) -> list[tuple[Chain, Tensor, list[Tensor]]]:
-    """One call of each chain and dtype, shaped as the sweep's: what has to be compiled for it."""
+def calls(chains: Iterable[Chain], dtypes: Iterable[str], device: torch.device) -> list[Planned]:
+    """One call of each chain and dtype, shaped as the sweep's, which asks for no operand's gradient."""
     made = []
-    for dtype in dtypes:
-        x = torch.zeros(8, COLUMNS, dtype=DTYPES[dtype], device=device)
-        made += [(chain, x, [x[0]] * len(chain.operands)) for chain in chains]
+    for chain in chains:
+        sweep = Sweep(device, 1, len(chain.calls))
+        needs = (True, *[False] * len(chain.operands))
+        for dtype in dtypes:
+            x, vector = (torch.empty(s, dtype=DTYPES[dtype], device="meta") for s in (sweep.shape(dtype), (COLUMNS,)))
+            made.append(Planned(chain, (x, *[vector] * len(chain.operands)), device, needs))
     return made
