@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dualop
-from dualop import linear
+from dualop import linear as gemm
 from dualop.backends.registry import BACKENDS
 from dualop.bench import timing
 from dualop.bench.measure import Progress, Row, with_ratios, with_time
@@ -69,12 +69,12 @@ class Fused(LinearChain):
         super().__init__(in_features, out_features, DEFAULT_CHAIN, backend=name, **where)
 
     def forward(self, x: Tensor) -> Tensor:
-        with linear.switched(self.switch):
+        with gemm.switched(self.switch):
             return super().forward(x)
 
     def one_kernel(self, x: Tensor) -> bool:
-        with linear.switched(self.switch):
-            return not linear.reasons(x, self.linear.weight, (self.linear.bias, self.add_value), self.backend)
+        with gemm.switched(self.switch):
+            return not gemm.reasons(x, self.linear.weight, (self.linear.bias, self.add_value), self.backend)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import linear as linear_module
 from torch.nn.modules import module as module_module
 
+from dualop import linear as gemm
 from dualop import torch_private
 from dualop.backends import registry
 from dualop.errors import OperandError
@@ -181,9 +182,9 @@ class LinearChain(ChainLayer):
         if not is_untouched(linear, x) or (self.folded is None and linear.bias is not None):
             return self.chain(linear(x), *values, backend=self.backend)
         weight, bias = linear.weight, linear.bias
-        if not linear.reasons(x, weight, (*values, *([] if bias is None else [bias])), self.backend):
+        if not gemm.reasons(x, weight, (*values, *([] if bias is None else [bias])), self.backend):
             chain, values = self._tail(bias, values)
-            return linear.run(chain, x, weight, values, self.backend)
+            return gemm.run(chain, x, weight, values, self.backend)
         z = F.linear(x, weight)
         # As autocast does for a Linear, the bias takes the dtype of the product.
         chain, values = self._tail(None if bias is None else bias.to(z.dtype), values)

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import dualop
-from dualop import linear
+from dualop import linear as gemm
 
 CHAIN = "add(bias) | add | swish | tanh | gelu | hardtanh(-1, 1)"
 
@@ -45,7 +45,7 @@ def compiled(dtype: torch.dtype, save: bool, depth: int) -> dict:
     x, weight, y, operands = empty(4096, depth), empty(8192, depth), empty(4096, 8192), [empty(8192), empty(8192)]
     z = torch.empty_like(y) if save else None
     op = dualop.chain(CHAIN)
-    kernel, _, arguments, constants, options = linear.prepared(op, x, weight, y, z, operands, linear.TILE)
+    kernel, _, arguments, constants, options = gemm.prepared(op, x, weight, y, z, operands, gemm.TILE)
     bound = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
     built = triton.compile(source(kernel, bound), target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]

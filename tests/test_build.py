@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualop.build import Build, build
+from dualop.build.build import Build, build
 from dualop.errors import BackendUnavailable, BuildError, DualopError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 
 import dualop
-from dualop.build import Build, build, cache, generated
+from dualop.build.build import Build, build, cache, generated
 from dualop.errors import BackendUnavailable, BuildError
 from dualop.machine import doctor
 

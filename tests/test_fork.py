@@ -21,7 +21,7 @@ from pathlib import Path
 import torch, dualop
 from dualop import replay
 from dualop.build import build, locks
-from dualop.build import Build
+from dualop.build.build import Build
 
 folder = Path(sys.argv[1])
 ANSWER = 'extern "C" int answer() { return %d; }'

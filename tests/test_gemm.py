@@ -16,7 +16,7 @@ from test_nn import gradients
 from torch import Tensor
 
 import dualop
-from dualop import linear
+from dualop import linear as gemm
 from dualop.backends.reference import evaluate
 from dualop.bench import linear95
 from dualop.errors import BackendUnavailable, ShapeError
@@ -25,20 +25,20 @@ from dualop.nn import LinearChain
 CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of several tiles, and in parts as the large one.
-SMALL = linear.Tile(rows=32, columns=32, depth_bytes=32, group=2)
+SMALL = gemm.Tile(rows=32, columns=32, depth_bytes=32, group=2)
 
 
 @pytest.fixture(autouse=True)
 def taken(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[tuple[Any, ...]]:
     """Takes the kernel wherever it can run; gives what was launched: (chain, x, weight, operands, save)."""
-    monkeypatch.setattr(linear, "mode", "on")
+    monkeypatch.setattr(gemm, "mode", "on")
     if device.type == "cpu":
-        monkeypatch.setattr(linear, "TILE", SMALL)
+        monkeypatch.setattr(gemm, "TILE", SMALL)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     launches: list[tuple[Any, ...]] = []
-    launch = linear.launch
-    monkeypatch.setattr(linear, "launch", lambda *a, **k: launches.append((*a, *k.values())) or launch(*a, **k))
+    launch = gemm.launch
+    monkeypatch.setattr(gemm, "launch", lambda *a, **k: launches.append((*a, *k.values())) or launch(*a, **k))
     yield launches
     torch.set_float32_matmul_precision(precision)
 
@@ -48,9 +48,9 @@ def assert_right(ours: LinearChain, x: Tensor, columns: int) -> None:
     gy = torch.randn(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
     exact = gradients(copy.deepcopy(ours).double(), x.double(), gy.double())
     found, again = gradients(ours, x, gy), gradients(ours, x, gy)
-    linear.mode = "off"
+    gemm.mode = "off"
     apart = gradients(ours, x, gy)
-    linear.mode = "on"
+    gemm.mode = "on"
     roundings = 2.0**-9 if x.dtype == torch.float32 and x.is_cuda else torch.finfo(x.dtype).eps  # TF32 has 10 bits
     for name, value in found.items():
         assert (value.dtype, value.shape, value.stride()) == (x.dtype, apart[name].shape, apart[name].stride()), name
@@ -108,8 +108,8 @@ def test_a_row_that_is_longer_than_a_folded_one(device: torch.device) -> None:
     x, weight = torch.randn(1, 16, device=device).half(), torch.randn(8200, 16, device=device).half()
     scale = torch.randn(1, 8200, device=device).half()
     chain = dualop.chain("mul(scale) | relu")
-    tile = linear.TILE if x.is_cuda else linear.Tile(rows=16)
-    y, _ = linear.launch(chain, x, weight, (scale,), save=False, tile=tile)
+    tile = gemm.TILE if x.is_cuda else gemm.Tile(rows=16)
+    y, _ = gemm.launch(chain, x, weight, (scale,), save=False, tile=tile)
     exact = evaluate(chain, x.double() @ weight.double().t(), (scale.double(),))
     torch.testing.assert_close(y.double(), exact, atol=2e-3, rtol=2e-3)
 
@@ -119,7 +119,7 @@ def test_the_chain_takes_the_product_before_it_is_rounded(taken, device: torch.d
     chain = dualop.chain("sub(b) | mul(64)")
     exact = x.double() @ weight.double().t()
     b = exact[0].bfloat16()
-    y = linear.run(chain, x, weight, (b,), "triton")
+    y = gemm.run(chain, x, weight, (b,), "triton")
     expected = evaluate(chain, exact, (b.double(),))
     torch.testing.assert_close(y.double(), expected, atol=0.02, rtol=2.0**-8)
     rounded = evaluate(chain, exact.bfloat16().double(), (b.double(),))
@@ -144,7 +144,7 @@ def test_second_derivatives(device: torch.device) -> None:
     x = torch.randn(5, 16, device=device, requires_grad=True)
 
     def second(mode: str) -> list[Tensor]:
-        linear.mode = mode
+        gemm.mode = mode
         inputs = [x, *ours.parameters()]
         first = torch.autograd.grad(ours(x).square().sum(), inputs, create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
@@ -160,7 +160,7 @@ def test_second_derivatives(device: torch.device) -> None:
 def test_reasons(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     make = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device=device, dtype=dtype)
     x, weight, b = make(8, 16), make(24, 16), make(24)
-    why = lambda *tensors, backend="triton": "; ".join(linear.reasons(*tensors, backend))
+    why = lambda *tensors, backend="triton": "; ".join(gemm.reasons(*tensors, backend))
     assert why(x, weight, (b,)) == ""
     assert "the backend is cuda" in why(x, weight, (b,), backend="cuda")
     assert "not for tensor cores" in why(x.double(), weight.double(), ())
@@ -178,18 +178,18 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     seen = []
     torch.func.vmap(lambda row: seen.append(why(row, weight, (b,))) or row)(x)
     assert "functorch" in seen[0]
-    monkeypatch.setattr(linear, "mode", "auto")
+    monkeypatch.setattr(gemm, "mode", "auto")
     assert "faster at this size" in why(x, weight, (b,))
-    monkeypatch.setattr(linear, "mode", "off")
+    monkeypatch.setattr(gemm, "mode", "off")
     assert why(x, weight, (b,)) == "DUALOP_GEMM=off"
-    monkeypatch.setattr(linear, "mode", "sometimes")
+    monkeypatch.setattr(gemm, "mode", "sometimes")
     with pytest.raises(BackendUnavailable, match="DUALOP_GEMM=sometimes: it may be auto, on or off"):
-        linear.reasons(x, weight, (b,))
+        gemm.reasons(x, weight, (b,))
 
 
 def test_a_rule_of_sizes() -> None:
-    assert linear.pays(16384, 8192, 1024, False) and not linear.pays(16384, 8192, 1024, True)
-    assert not linear.pays(1024, 8192, 8192, False) and not linear.pays(64, 8192, 1024, False)
+    assert gemm.pays(16384, 8192, 1024, False) and not gemm.pays(16384, 8192, 1024, True)
+    assert not gemm.pays(1024, 8192, 8192, False) and not gemm.pays(64, 8192, 1024, False)
 
 
 def test_where_it_is_not_taken_errors_and_results_are_as_ever(taken, device: torch.device) -> None:
@@ -216,7 +216,7 @@ def test_the_benchmark_has_it_beside_the_others(device: torch.device) -> None:
     agreements, rows = linear95.run(["triton"], ["bfloat16"], device, False, 0, lambda text: None)
     assert {a.backend for a in agreements} == {"triton", linear95.IN_PRODUCT} and all(a.ok for a in agreements)
     assert {row.backend for row in rows} == {"eager", "triton", linear95.IN_PRODUCT, linear95.LINEAR}
-    assert all(row.time_us > 0 for row in rows) and linear.mode == "on"
+    assert all(row.time_us > 0 for row in rows) and gemm.mode == "on"
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------

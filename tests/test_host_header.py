@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualop.build import Build, build
+from dualop.build.build import Build, build
 from dualop.build.sources import cuda_header
 
 KERNELS = r"""

@@ -23,7 +23,7 @@ import dualop
 from dualop import replay
 from dualop.backends import registry
 from dualop.backends.registry import BACKENDS
-from dualop.build import Build
+from dualop.build.build import Build
 from dualop.errors import DtypeError, LayoutError, ShapeError
 from dualop.launch.layout import layout
 from dualop.replay import triton as native_triton
@@ -275,9 +275,9 @@ def said(process: subprocess.Popen) -> str:
 def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
     script = (
         "import time; from dualop import replay; now = time.perf_counter\n"
-        "start = now(); first = replay.calls('relu', 'cuda', 'cuda'); took = now() - start\n"
-        "while replay.calls('relu', 'cuda', 'cuda') is None and now() < start + 100: time.sleep(0.05)\n"
-        "print(first, took < 1, len(replay.calls('relu', 'auto', 'cuda')))\n"
+        "start = now(); first = replay.calls('relu', 'cuda', 'cuda', None); took = now() - start\n"
+        "while replay.calls('relu', 'cuda', 'cuda', None) is None and now() < start + 100: time.sleep(0.05)\n"
+        "print(first, took < 1, len(replay.calls('relu', 'auto', 'cuda', None)))\n"
     )
     processes = [python(script, DUALOP_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [said(process) for process in processes] == ["None True 0"] * 2
@@ -297,7 +297,7 @@ def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
 def test_without_the_extension_python_serves(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
     script = (
         "import torch, dualop; from dualop import replay\n"
-        "assert not replay.load() and replay.calls('relu', 'cuda', 'cuda') is None\n"
+        "assert not replay.load() and replay.calls('relu', 'cuda', 'cuda', None) is None\n"
         "x = torch.ones(3); assert dualop.chain('relu')(x, backend='reference').equal(x) and not replay.known\n"
         "print(replay.why_not)\n"
     )

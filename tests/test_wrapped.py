@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from dualop import linear, torch_private
+from dualop import linear as gemm
+from dualop import torch_private
 from dualop.nn import ChainLayer, LinearChain, is_untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -489,11 +490,11 @@ def test_wraps_of_the_layer_itself(name: str) -> None:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The kernel is taken wherever it can run; gives what was launched."""
-    monkeypatch.setattr(linear, "mode", "on")
-    monkeypatch.setattr(linear, "TILE", linear.Tile(rows=32, columns=32, depth_bytes=32, group=2))
+    monkeypatch.setattr(gemm, "mode", "on")
+    monkeypatch.setattr(gemm, "TILE", gemm.Tile(rows=32, columns=32, depth_bytes=32, group=2))
     found: list[Any] = []
-    launch = linear.launch
-    monkeypatch.setattr(linear, "launch", lambda *a, **k: found.append(a) or launch(*a, **k))
+    launch = gemm.launch
+    monkeypatch.setattr(gemm, "launch", lambda *a, **k: found.append(a) or launch(*a, **k))
     return found
 
 
