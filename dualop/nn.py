@@ -139,7 +139,7 @@ class LinearChain(ChainLayer):
     The bias is added inside the chain's kernel: the product runs without it. Where the chain starts with an `add` of a
     parameter of shape (out_features,), bias and that parameter have one gradient, which is summed once for both. The
     product keeps its bias where the chain speaks of its own input `x`, which is the Linear's output, bias and all.
-    Otherwise product and chain are one Triton kernel where that is faster, with few in_features: see dualop/linear.py.
+    Otherwise, in inference, both are one Triton kernel where that is faster (few in_features): see dualop/linear.py.
 
     All of that holds for an nn.Linear that nothing was done to. Whatever else is found in its place is called as any
     module is, and the chain runs on its result: a Linear with hooks (pruning, weight_norm, spectral_norm, offloading),
@@ -184,7 +184,7 @@ class LinearChain(ChainLayer):
         weight, bias = linear.weight, linear.bias
         if not gemm.reasons(x, weight, (*values, *([] if bias is None else [bias])), self.backend):
             chain, values = self._tail(bias, values)
-            return gemm.run(chain, x, weight, values, self.backend)
+            return gemm.launch(chain, x, weight, values)
         z = F.linear(x, weight)
         # As autocast does for a Linear, the bias takes the dtype of the product.
         chain, values = self._tail(None if bias is None else bias.to(z.dtype), values)

@@ -395,7 +395,7 @@ def third(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str]:
 
     def call(*arguments: str, code: str = "", status: int = 0) -> str:
         ran = subprocess.run(
-            [sys.executable, "-c", code and f"{start.partition('import sys;')[0]}{code}" or start, *arguments],
+            [sys.executable, "-c", (code and f"{start.partition('import sys;')[0]}{code}") or start, *arguments],
             env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "DUALOP_INTERPRET": "1"},
             capture_output=True,
             text=True,
