@@ -285,6 +285,7 @@ def test_the_cache_folder(without_probe, tmp_path, monkeypatch):
 
 
 def test_variables(without_probe, monkeypatch):
+    without_probe["backends"]["triton"] = {"reasons": [], "interpreted": False}
     monkeypatch.setenv("DUALOP_BACKEND", "cudda")
     monkeypatch.setenv("DUALOP_BAKCEND", "cuda")
     monkeypatch.setenv("DUALOP_INTERPRET", "1")

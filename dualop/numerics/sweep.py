@@ -70,12 +70,12 @@ def bits_text(value: Tensor) -> str:
 
 
 def calls(chains: Iterable[Chain], dtypes: Iterable[str], device: torch.device) -> list[Planned]:
-    """One call of each chain and dtype, shaped as the sweep's, which asks for no operand's gradient."""
+    """Return a call for each chain and dtype that a sweep takes, shaped as its own, without operands' gradients."""
     made = []
     for chain in chains:
         sweep = Sweep(device, 1, len(chain.calls))
         needs = (True, *[False] * len(chain.operands))
-        for dtype in dtypes:
+        for dtype in (d for d in dtypes if d in BITS):
             x, vector = (torch.empty(s, dtype=DTYPES[dtype], device="meta") for s in (sweep.shape(dtype), (COLUMNS,)))
             made.append(Planned(chain, (x, *[vector] * len(chain.operands)), device, needs))
     return made
