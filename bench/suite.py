@@ -7,10 +7,8 @@ first rows only; `dualop check` and `dualop verify` check them thoroughly.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,15 +18,11 @@ from rich.text import Text
 import dualop
 from dualop.bench import measure
 from dualop.bench.workloads import BACKWARD, COPY, FORWARD, LAUNCH, Workload
-from dualop.build import pool
-from dualop.errors import BuildError
 from dualop.language.stages import STAGES
-from dualop.numerics import check
 from dualop.numerics.cases import DEFAULT_CHAIN
 
 GOAL = 1.1  # times the copy's time
 CHECKED = 1 << 21  # elements of x
-MOST_PROCESSES = 8  # for compiling Triton kernels: each has a CUDA context and one workload's tensors
 
 LARGE, NCHW = (16384, 8192), (64, 256, 56, 56)
 SMALL = {LARGE: (8, 64), NCHW: (2, 3, 4, 5), (1024, 8192): (4, 32), (128, 512): (2, 16)}  # on the CPU
@@ -69,24 +63,6 @@ def works(names: Sequence[str], dtypes: Sequence[str], device: torch.device) -> 
         for text, shape, form in entries
         for dtype in dtypes
     ]
-
-
-def prepare(todo: Sequence[Workload], backends: Sequence[str], progress: Callable[[int, int], None]) -> None:
-    """Compile all kernels in parallel. A kernel that cannot be compiled is reported later, in its own row."""
-    if "cuda" in backends:
-        from dualop.backends.cuda import prepare as build
-
-        samples = [(work.chain, work.sample(0, rows=None if work.device.type == "cpu" else 8)) for work in todo]
-        with contextlib.suppress(BuildError):
-            build([(chain, s.x, s.operands) for chain, s in samples], progress)
-    if "triton" in backends and todo[0].device.type == "cuda":
-        pool.each(_compile, [(work,) for work in todo], MOST_PROCESSES, progress)
-
-
-def _compile(work: Workload) -> None:
-    """Compile in a child process: Triton keeps the result on disk, where the measuring process finds it."""
-    with contextlib.suppress(Exception):
-        check.results(partial(work.chain, backend="triton"), work.chain.operands, work.sample(0), poison=False)
 
 
 def steps(count: int, backends: int) -> int:

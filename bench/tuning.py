@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualop.backends import cuda, triton
+from dualop.backends import registry
+from dualop.backends.base import Backend, Planned
 from dualop.backends.registry import BACKENDS
 from dualop.bench import measure, timing
-from dualop.bench.workloads import Workload, calls
-from dualop.build import pool
+from dualop.bench.workloads import FORWARD, Workload
 from dualop.errors import BuildError
+from dualop.language.slopes import Slope
 from dualop.language.syntax import Chain
-from dualop.launch import candidates, tune, tuned
+from dualop.launch import tuning
 from dualop.launch.grid import Cut
 from dualop.launch.layout import Layout
 
-BUDGET_S = 0.08  # device time per measurement: there are many, and those that matter are repeated
-MOST_PROCESSES = 16  # for compiling Triton kernels: each has a CUDA context and one workload's tensors
-HEURISTICS = {"cuda": cuda.heuristic, "triton": triton.heuristic}  # the backends that have launches to choose
+BUDGET_S = 0.08  # of device time for a measurement: there are many, and those that matter are repeated
 
 Progress = Callable[[int, int], None]
 
@@ -39,26 +38,30 @@ class Task:
     direction: str
 
     @property
-    def subject(self) -> tuned.Subject:
+    def subject(self) -> tuning.Subject:
         return subject_of(self, self.work.layout)
 
     @property
     def heuristic(self) -> Cut:
-        return HEURISTICS[self.backend](self.work.chain, self.work.layout, self.direction, self.work.device)
+        work = self.work
+        cut = BACKENDS[self.backend].heuristic(work.chain, work.layout, self.direction, work.device)
+        if cut is None:
+            raise ValueError(f"{self.backend} has no launches to choose")
+        return cut
 
     @property
     def candidates(self) -> list[Cut]:
-        """Return the launches to time: the heuristic's choice first, then others, also an earlier search's result."""
-        known = tuned.lookup(self.subject, self.work.device, Cut)
-        others = candidates.candidates(self.backend, self.work.layout, self.direction, self.heuristic)
+        """Return the heuristic's choice first, and among the others what an earlier search found."""
+        known = tuning.lookup(self.subject, self.work.device, Cut)
+        others = BACKENDS[self.backend].candidates(self.work.layout, self.direction, self.heuristic)
         return list(dict.fromkeys((*others, *([known] if known else []))))
 
     def __str__(self) -> str:
         return f"{self.backend} {self.direction}, {self.work.dtype}, {'x'.join(map(str, self.work.shape))}"
 
 
-def subject_of(task: Task, view: Layout) -> tuned.Subject:
-    return tuned.subject(task.backend, task.work.chain, view, task.direction)
+def subject_of(task: Task, view: Layout) -> tuning.Subject:
+    return tuning.subject(task.backend, task.work.chain, view, task.direction)
 
 
 @dataclass(frozen=True)
@@ -88,49 +91,65 @@ class Row:
     note: str = ""
 
 
-def timer(workload: Workload, backend: str, direction: str, seed: int) -> tuple[tuned.Subject, tune.Time[Any]]:
-    """Return what the launch is for, and a function from a launch to the microseconds of one call with it.
+def timer(workload: Workload, backend: str, direction: str, seed: int) -> tuning.Time[Any]:
+    """Return a function from a cut to the microseconds of one call with it.
 
-    That function raises what the backend raises when the launch does not fit the GPU.
+    It raises what the backend raises when the launch does not fit the GPU.
     """
     sets = timing.sets_beyond_cache(workload.bytes(direction), workload.device)
     samples = [workload.sample(seed + i) for i in range(sets)]
-    what = tuned.subject(backend, workload.chain, workload.layout, direction)
+    runs: Any = BACKENDS[backend]
 
-    def time(launch: object) -> float:
+    def time(cut: Any) -> float:
         gc.collect()
-        with tuned.trying(what, launch), timing.on_stream(workload.device) as stream:
-            function = partial(workload.chain, backend=backend)
-            return timing.timed(calls(function, direction, samples), stream, BUDGET_S).median_us
+        with timing.on_stream(workload.device) as stream:
+            if direction == FORWARD:
+                calls = [partial(runs.forward, workload.chain, s.x, s.operands, cut=cut) for s in samples]
+            else:
+                needs = (True,) * (1 + len(samples[0].operands))
+                calls = [partial(runs.backward, workload.chain, s.gy, s.x, s.operands, needs, cut=cut) for s in samples]
+            return timing.timed(calls, stream, BUDGET_S).median_us
 
-    return what, time
+    return time
 
 
 def prepare(tasks: Sequence[Task], progress: Progress) -> None:
-    """Compile every launch, in as many processes as there are cores. A failure is reported when the launch is timed."""
-    built = [task for task in tasks if task.backend == "cuda"]
-    if built:
+    """Compile every launch, in as many processes as there are cores. What cannot be compiled fails when it is timed."""
+    for name in dict.fromkeys(task.backend for task in tasks):
         with contextlib.suppress(BuildError):
-            cuda.prepare(_calls(built), progress)
-    compiled = [task for task in tasks if task.backend == "triton" and task.work.device.type == "cuda"]
-    launches = [(task, cut) for task in compiled for cut in task.candidates]
-    pool.each(_launch_once, launches, MOST_PROCESSES, progress)
+            BACKENDS[name].prepare((call for task in tasks if task.backend == name for call in planned(task)), progress)
 
 
-def _calls(tasks: Sequence[Task]) -> Iterator[tuple[Chain, Tensor, Sequence[Tensor]]]:
-    """Return a call for each launch; a launch stays chosen until the next call is requested."""
-    for task in tasks:
-        sample = task.work.sample(0)
-        for cut in task.candidates:
-            with tuned.trying(task.subject, cut):
-                yield task.work.chain, sample.x, sample.operands
+def planned(task: Task) -> list[Planned]:
+    """Return a call for each launch."""
+    one, way = task.work.planned, task.direction
+    return [replace(one, directions=(way,), cuts=((way, cut),)) for cut in task.candidates]
 
 
-def _launch_once(task: Task, cut: Cut) -> None:
-    """Launch once in a child process: Triton keeps the compiled kernel on disk for the measuring process."""
-    with contextlib.suppress(Exception), tuned.trying(task.subject, cut):
-        (call,) = calls(partial(task.work.chain, backend=task.backend), task.direction, [task.work.sample(0)])
-        call()
+class Fixed(Backend):
+    """A backend whose kernels are cut in a fixed way."""
+
+    def __init__(self, backend: str, cuts: Mapping[str, Cut]) -> None:
+        self._of: Any = BACKENDS[backend]
+        self._cuts, self.name, self.interpreted = cuts, f"{backend}_as_found", self._of.interpreted
+
+    def environment(self) -> list[str]:
+        return list(self._of.environment())
+
+    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
+        return list(self._of.reasons(chain, device))
+
+    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        y: Tensor = self._of.forward(chain, x, operands, cut=self._cuts.get("forward"))
+        return y
+
+    def backward(
+        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        return list(self._of.backward(chain, gy, x, operands, needs, cut=self._cuts.get("backward")))
+
+    def source(self, chain: Chain) -> str:
+        return str(self._of.source(chain))
 
 
 def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progress]) -> list[Row]:
@@ -140,7 +159,7 @@ def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progr
     """
     rows = []
     for work in dict.fromkeys(task.work for task in tasks):
-        found: dict[Task, tune.Result[Cut]] = {}
+        found: dict[Task, tuning.Result[Cut]] = {}
         failed: dict[Task, str] = {}
         for task in (task for task in tasks if task.work == work):
             try:
@@ -152,28 +171,33 @@ def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progr
             rows.append(replace(_row(task), ok=False, note=note))
         for task, result in found.items():
             if keep and not wrong[task]:
-                tuned.keep(task.subject, work.device, result.best, result.microseconds, result.before)
+                tuning.keep(task.subject, work.device, result.best, result.microseconds, result.before)
             rows.append(_filled(_row(task), result, wrong[task], keep))
+    registry.forget_launches()
     return rows
 
 
-def _search(task: Task, seed: int, progress: Progress) -> tune.Result[Cut]:
-    _, time = timer(task.work, task.backend, task.direction, seed)
-    near = partial(candidates.near, task.work.layout, task.direction)
-    return tune.search(task.heuristic, task.candidates, time, progress, near)
+def _search(task: Task, seed: int, progress: Progress) -> tuning.Result[Cut]:
+    time = timer(task.work, task.backend, task.direction, seed)
+    near = partial(tuning.near, task.work.layout, task.direction)
+    return tuning.search(task.heuristic, task.candidates, time, progress, near)
 
 
 def _wrong(work: Workload, launches: dict[Task, Cut], seed: int) -> dict[Task, str]:
     """Return for each task what is wrong with the results of its launch, or "" if nothing is."""
     rows = measure.rows_to_check(work)
     checked = work if rows is None else replace(work, shape=(min(rows, work.shape[0]), *work.shape[1:]))
-    names = dict.fromkeys(task.backend for task in launches)
+    fixed = [
+        Fixed(name, {task.direction: cut for task, cut in launches.items() if task.backend == name})
+        for name in dict.fromkeys(task.backend for task in launches)
+    ]
     with contextlib.ExitStack() as stack:
-        for task, cut in launches.items():
-            stack.enter_context(tuned.trying(subject_of(task, checked.layout), cut))
-        functions: dict[str, Any] = {name: partial(work.chain, backend=name) for name in names}
-        verdicts = measure.verdicts(checked, functions, seed, None, lambda text: None) if names else {}
-    return {task: verdicts[task.backend].wrong.get(task.direction, "") for task in launches}
+        for backend in fixed:
+            registry.register(backend)
+            stack.callback(registry.unregister, backend.name)
+        functions: dict[str, Any] = {b.name: partial(work.chain, backend=b.name) for b in fixed}
+        verdicts = measure.verdicts(checked, functions, seed, None, lambda text: None) if fixed else {}
+    return {task: verdicts[f"{task.backend}_as_found"].wrong.get(task.direction, "") for task in launches}
 
 
 def _row(task: Task) -> Row:
@@ -190,7 +214,7 @@ def _row(task: Task) -> Row:
     )
 
 
-def _filled(row: Row, result: tune.Result[Cut], wrong: str, keep: bool) -> Row:
+def _filled(row: Row, result: tuning.Result[Cut], wrong: str, keep: bool) -> Row:
     return replace(
         row,
         heuristic_us=round(result.before, 3),
@@ -210,5 +234,5 @@ def as_json(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
     """Return the content of the file that `--json` writes."""
     from dualop.bench.table import device_info
 
-    file, launches = tuned.kept(device)
+    file, launches = tuning.kept(device)
     return {"device": device_info(device), "file": str(file), "launches": launches, "rows": [asdict(r) for r in rows]}

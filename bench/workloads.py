@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualop.backends.base import Planned
 from dualop.backends.reference import evaluate
 from dualop.errors import ShapeError
 from dualop.language.syntax import Chain
@@ -50,9 +51,15 @@ class Workload:
     @property
     def layout(self) -> Layout:
         """Return the layout of a call with these samples."""
-        shapes = (self.shape, *(OPERAND_FORMS[form](self.shape) for form in self.operand_forms))
-        x, *operands = (torch.empty(shape, dtype=DTYPES[self.dtype], device="meta") for shape in shapes)
+        x, *operands = self.planned.tensors
         return layout(x, operands)
+
+    @property
+    def planned(self) -> Planned:
+        """Return a call with these samples, to have it compiled ahead."""
+        shapes = (self.shape, *(OPERAND_FORMS[form](self.shape) for form in self.operand_forms))
+        tensors = (torch.empty(shape, dtype=DTYPES[self.dtype], device="meta") for shape in shapes)
+        return Planned(self.chain, tuple(tensors), self.device)
 
     def sample(self, seed: int, rows: int | None = None) -> Sample:
         """Make one set of inputs and a gy; only the first `rows` of x if given."""

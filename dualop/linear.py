@@ -1,9 +1,11 @@
-"""`chain(x @ weight.T, *operands)` in one Triton kernel, the chain in the matrix product's epilogue.
+"""`chain(x @ weight.T, *operands)` in one Triton kernel, the chain in the matrix product's epilogue, for inference.
 
 cuBLAS with a kernel behind it is the rule; this one saves writing the product and reading it again, and hides part of
 the chain's arithmetic behind the tensor cores, but its product alone is slower than cuBLAS. `pays` says where it is
 taken. The environment variable DUALOP_GEMM asks for it: `on` takes it wherever it can run, `auto` (the default) where
-it pays, `off` never. It is Triton's: a backend that is asked for by name and is not triton rules it out.
+it pays, `off` never. It is Triton's: a backend that is asked for by name and is not triton rules it out. A call that is
+to be differentiated always takes cuBLAS and the chain: in training one kernel gains nothing (bench/NOTES.md), since the
+product has to be written for the backward all the same.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualop import torch_private
-from dualop.backends import registry, triton
+from dualop.backends import registry
+from dualop.backends.triton import TRITON
 from dualop.build.generated import imported
 from dualop.errors import BackendUnavailable
 from dualop.language.program import steps
@@ -29,7 +32,6 @@ from dualop.language.syntax import Chain
 from dualop.launch.grid import ceil_div, multiprocessors
 from dualop.launch.layout import Layout, layout
 from dualop.op import eager
-from dualop.op.library import _backward_op
 
 SWITCH = "DUALOP_GEMM"
 mode = os.environ.get(SWITCH) or "auto"
@@ -67,19 +69,18 @@ class Tile:
 TILE = Tile()
 
 
-def pays(rows: int, out_features: int, in_features: int, training: bool) -> bool:
-    """Whether the fused kernel beats cuBLAS and a kernel behind it.
+def pays(rows: int, out_features: int, in_features: int) -> bool:
+    """Return True where the fused kernel beats cuBLAS and a kernel behind it.
 
-    Measured on an H100, default chain, bfloat16, against the better of both backends (bench/NOTES.md): in inference by
-    1.05 to 1.3 with up to 1024 in_features; with 2048 it is a draw (0.98 and 1.04), and beyond, the product is all that
-    counts and cuBLAS's is faster. A training step gains nothing: its backward is the same, its product is written all
-    the same.
+    Measured on an H100, default chain, bfloat16, against the better of both backends (bench/NOTES.md): by 1.05 to 1.3
+    with up to 1024 in_features; with 2048 it is a draw (0.98 and 1.04), and beyond, the product is all that counts and
+    cuBLAS's is faster.
     """
-    return not training and in_features <= 1024 and rows * out_features >= 2**23
+    return in_features <= 1024 and rows * out_features >= 2**23
 
 
 def reasons(x: Tensor, weight: Tensor, operands: Sequence[Tensor], backend: str | None = None) -> list[str]:
-    """What keeps product and chain from running in one kernel here; empty if nothing does.
+    """Return what keeps product and chain from running in one kernel here; empty if nothing does.
 
     It takes x (..., in_features), weight (out_features, in_features) and operands of one dtype: bfloat16, float16, or
     float32 where torch.set_float32_matmul_precision allows TF32. Raises BackendUnavailable where DUALOP_GEMM is none of
@@ -93,26 +94,25 @@ def reasons(x: Tensor, weight: Tensor, operands: Sequence[Tensor], backend: str 
         return ["torch.compile, functorch and forward mode take the product and the chain apart"]
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return ["the shapes do not fit"]
-    rows, training = x.numel() // max(x.shape[-1], 1), _is_training(x, weight, *operands)
-    if mode == "auto" and not pays(rows, weight.shape[0], weight.shape[1], training):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *operands)):
+        return ["a gradient is wanted, and the kernel is for inference: cuBLAS and the chain are as fast in training"]
+    rows = x.numel() // max(x.shape[-1], 1)
+    if mode == "auto" and not pays(rows, weight.shape[0], weight.shape[1]):
         return ["cuBLAS and a kernel behind it are faster at this size"]
     of_call = _of_call(x, registry.requested(backend))
     return of_call or _of_tensors(x, weight, operands) or _of_layout(x, weight, operands)
 
 
-def run(chain: Chain, x: Tensor, weight: Tensor, operands: Sequence[Tensor], backend: str | None = None) -> Tensor:
-    """chain(F.linear(x, weight), *operands) in one kernel, where `reasons` is empty; differentiable without end.
+def launch(chain: Chain, x: Tensor, weight: Tensor, operands: Sequence[Tensor], tile: Tile | None = None) -> Tensor:
+    """Return chain(F.linear(x, weight), *operands) from one kernel, where `reasons` is empty.
 
-    The chain takes the product as it is accumulated, in float32; its backward takes it rounded.
+    The chain takes the product as it is accumulated, in float32.
     """
-    if _is_training(x, weight, *operands):
-        name = registry.resolve(registry.requested(backend), chain, x.device).name
-        return _Fused.apply(x, weight, chain, name, *operands)
-    return launch(chain, x, weight, operands, save=False)[0]
-
-
-def _is_training(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    kernel, grid, arguments, constants, options = prepared(chain, _rows(x), _rows(weight), y, operands, tile or TILE)
+    with TRITON.on(x.device):
+        kernel[grid](*arguments, **constants, **options)
+    return y
 
 
 def _of_call(x: Tensor, name: str) -> list[str]:
@@ -120,7 +120,7 @@ def _of_call(x: Tensor, name: str) -> list[str]:
         return [f"the backend is {name}, and this kernel is triton's"]
     if torch.is_autocast_enabled(x.device.type):
         return ["autocast is on"]
-    return triton.Triton().environment()
+    return TRITON.environment()
 
 
 def _of_tensors(x: Tensor, weight: Tensor, operands: Sequence[Tensor]) -> list[str]:
@@ -155,69 +155,30 @@ def _of_layout(x: Tensor, weight: Tensor, operands: Sequence[Tensor]) -> list[st
     return []
 
 
-class _Fused(torch.autograd.Function):
-    """apply(x, weight, chain, backend, *operands): the kernel, which writes the product too, for the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, chain: Chain, backend: str, *operands: Tensor) -> Tensor:
-        y, z = launch(chain, x, weight, operands, save=True)
-        ctx.save_for_backward(x, weight, z, *operands)
-        ctx.chain, ctx.backend = chain.text, backend
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, z, *operands = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: by operations that have derivatives themselves
-            z = F.linear(x, weight)
-        of_x, of_weight, _, _, *of_operands = ctx.needs_input_grad
-        needs = [of_x or of_weight, *of_operands]
-        found = iter(_backward_op(gy, z, operands, ctx.chain, ctx.backend, needs))
-        gz, *rest = [next(found) if need else None for need in needs]
-        flat = gz.reshape(-1, gz.shape[-1]) if gz is not None else None
-        gx = (flat @ weight).reshape(x.shape) if of_x and flat is not None else None
-        gw = flat.t() @ x.reshape(-1, x.shape[-1]) if of_weight and flat is not None else None
-        return gx, gw, None, None, *rest
-
-
-def launch(
-    chain: Chain, x: Tensor, weight: Tensor, operands: Sequence[Tensor], save: bool, tile: Tile | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """(y, z): the result, and the product before the chain if `save`, else None. `reasons` must be empty."""
-    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-    z = torch.empty_like(y) if save else None
-    kernel, grid, arguments, constants, options = prepared(chain, _rows(x), _rows(weight), y, z, operands, tile or TILE)
-    with triton._on(x.device):
-        kernel[grid](*arguments, **constants, **options)
-    return y, z
-
-
 def prepared(
-    chain: Chain, x: Tensor, weight: Tensor, y: Tensor, z: Tensor | None, operands: Sequence[Tensor], tile: Tile
+    chain: Chain, x: Tensor, weight: Tensor, y: Tensor, operands: Sequence[Tensor], tile: Tile
 ) -> tuple[Any, tuple[int], list[Any], dict[str, Any], dict[str, Any]]:
-    """What a launch consists of: the kernel, the grid, arguments, constants, options. x and weight are matrices."""
+    """Return a launch: the kernel, the grid, arguments, constants, options. x and weight are matrices."""
     (rows, depth), cols = x.shape, weight.shape[0]
     view = _view(y.shape, y.dtype, operands)
     kernel = _module(chain, tuple(v.kind for v in view.views[1:-1])).gemm_kernel
     deep = tile.depth_bytes // x.element_size()
-    flat_y, flat_z = y.reshape(rows, cols), (y if z is None else z).reshape(rows, cols)
-    matrices: list[Any] = [x, weight, flat_y, flat_z]
+    matrices: list[Any] = [x, weight, y.reshape(rows, cols)]
     descriptors = _aligned(*matrices) and (x.device.type != "cuda" or _hopper(x.device))
     if descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        part = [tile.rows, tile.columns // tile.parts]
-        blocks = ([tile.rows, deep], [tile.columns, deep], part, part)
+        blocks = ([tile.rows, deep], [tile.columns, deep], [tile.rows, tile.columns // tile.parts])
         matrices = [TensorDescriptor.from_tensor(m, block) for m, block in zip(matrices, blocks, strict=True)]
     views: list[Any] = []
     for v, tensor in zip(view.views[1:-1], operands, strict=True):
         views += (tensor, v.div, v.mod, v.row_stride, v.outer_stride)
     tiles = ceil_div(rows, tile.rows) * ceil_div(cols, tile.columns)
     constants = {
-        "SAVE": z is not None, "DESCRIPTORS": descriptors, "NARROW": view.narrow, "BITS": view.bits,
+        "DESCRIPTORS": descriptors, "NARROW": view.narrow, "BITS": view.bits,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": deep, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
-    options = {} if registry.interpreting() else {**triton._options(32 * tile.warps), "num_stages": tile.stages}
+    options = {} if registry.interpreting() else {**TRITON.options(32 * tile.warps), "num_stages": tile.stages}
     arguments = [*matrices, *views, rows, cols, depth, x.stride(0), weight.stride(0)]
     return kernel, (min(tiles, tile.programs * multiprocessors(x.device)),), arguments, constants, options
 

@@ -139,8 +139,8 @@ class LinearChain(ChainLayer):
     The Linear is `nn.Linear(in_features, out_features, bias)`. Its bias is added inside the chain's kernel: the product
     runs without it. Where the chain starts with an `add` of a parameter of shape (out_features,), the bias and that
     parameter have one gradient, which is summed once for both. The product keeps its bias where the chain uses its own
-    input `x`, which is the Linear's output including the bias. Otherwise product and chain are one Triton kernel where
-    that is faster, with few in_features: see dualop/linear.py.
+    input `x`, which is the Linear's output including the bias. Otherwise, in inference, product and chain are one
+    Triton kernel where that is faster, with few in_features: see dualop/linear.py.
 
     All of this holds for an unmodified nn.Linear. Any other module in its place is called like any module, and the
     chain runs on its result: a Linear with hooks (pruning, weight_norm, spectral_norm, offloading), a parametrized or
@@ -185,7 +185,7 @@ class LinearChain(ChainLayer):
         weight, bias = linear.weight, linear.bias
         if not gemm.reasons(x, weight, (*values, *([] if bias is None else [bias])), self.backend):
             chain, values = self._tail(bias, values)
-            return gemm.run(chain, x, weight, values, self.backend)
+            return gemm.launch(chain, x, weight, values)
         z = F.linear(x, weight)
         # As autocast does for a Linear, the bias takes the dtype of the product.
         chain, values = self._tail(None if bias is None else bias.to(z.dtype), values)

@@ -40,19 +40,17 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def compiled(dtype: torch.dtype, save: bool, depth: int) -> dict:
+def compiled(dtype: torch.dtype, depth: int) -> dict:
     empty = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")
     x, weight, y, operands = empty(4096, depth), empty(8192, depth), empty(4096, 8192), [empty(8192), empty(8192)]
-    z = torch.empty_like(y) if save else None
     op = dualop.chain(CHAIN)
-    kernel, _, arguments, constants, options = gemm.prepared(op, x, weight, y, z, operands, gemm.TILE)
+    kernel, _, arguments, constants, options = gemm.prepared(op, x, weight, y, operands, gemm.TILE)
     bound = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
     built = triton.compile(source(kernel, bound), target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
     return {
         "triton": triton.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "save": save,
         "descriptors": constants["DESCRIPTORS"],
         "shared": built.metadata.shared,
         "warps": options["num_warps"],
@@ -63,6 +61,5 @@ def compiled(dtype: torch.dtype, save: bool, depth: int) -> dict:
 
 
 if __name__ == "__main__":
-    kinds = [(torch.bfloat16, False, 1024), (torch.bfloat16, True, 1024), (torch.bfloat16, True, 1001)]
-    kinds += [(torch.float16, True, 1024), (torch.float32, True, 1024)]
+    kinds = [(torch.bfloat16, 1024), (torch.bfloat16, 1001), (torch.float16, 1024), (torch.float32, 1024)]
     print(json.dumps([compiled(*kind) for kind in kinds]))

@@ -18,7 +18,6 @@ from dualop.backends.reference import Reference
 from dualop.backends.registry import BACKENDS
 from dualop.language.stages import STAGES
 from dualop.numerics import cases
-from dualop.numerics.truth import CANCELLING
 
 HELP = """
 import sys
@@ -60,7 +59,6 @@ class Wrong(Reference):
 @pytest.fixture
 def wrong(monkeypatch):
     monkeypatch.setitem(BACKENDS, "wrong", Wrong())
-    monkeypatch.setitem(CANCELLING, "wrong", CANCELLING["reference"])
     return "wrong"
 
 

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 
 from dualop.build import build
-from dualop.launch import tuned
+from dualop.launch import tuning
 from dualop.launch.grid import Cut
 from dualop.machine import doctor, probe
 
@@ -110,8 +110,8 @@ def test_launches_that_were_kept_are_counted(without_probe, tmp_path, monkeypatc
     without_probe["tuned"]["launches"] = 3
     assert doctor.examine()["launches"].found == "3 found by `dualop tune`, /cache/tune/gpu.json"
     monkeypatch.setenv("DUALOP_CACHE_DIR", str(tmp_path))
-    subject = tuned.Subject("cuda", "forward", "float32", "8x8", "3", "relu")
-    file = tuned.keep(subject, torch.device("cpu"), Cut(1, 64, 64, 4), 1.0, 2.0)
+    subject = tuning.Subject("cuda", "forward", "float32", "8x8", "3", "relu")
+    file = tuning.keep(subject, torch.device("cpu"), Cut(1, 64, 64, 4), 1.0, 2.0)
     assert probe.STEPS["tuned"]() == {"file": str(file), "launches": 1}
 
 
@@ -285,17 +285,20 @@ def test_the_cache_folder(without_probe, tmp_path, monkeypatch):
 
 
 def test_variables(without_probe, monkeypatch):
+    without_probe["backends"]["triton"] = {"reasons": [], "interpreted": False}
     monkeypatch.setenv("DUALOP_BACKEND", "cudda")
     monkeypatch.setenv("DUALOP_BAKCEND", "cuda")
     monkeypatch.setenv("DUALOP_INTERPRET", "1")
     report = doctor.examine()
     assert report["DUALOP_BACKEND"].found == "cudda" and "triton" in report["DUALOP_BACKEND"].advice
     assert "DUALOP_BACKEND" in report["DUALOP_BAKCEND"].advice
+    without_probe["backends"]["cudda"] = {"reasons": [], "interpreted": False}
+    assert not doctor.examine()["DUALOP_BACKEND"].advice
     assert not report["DUALOP_INTERPRET"].advice
 
 
 def test_an_error_of_its_own_costs_one_row(without_probe, monkeypatch):
-    def broken():
+    def broken(facts):
         raise RuntimeError("what now")
         yield
 

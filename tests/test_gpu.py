@@ -12,7 +12,8 @@ from test_consistency import CASES, DEFAULT, Case, check_case, d, default, make
 from torch import Tensor
 
 import dualop
-from dualop.backends.cuda import prepare
+from dualop.backends.base import Planned
+from dualop.backends.registry import BACKENDS
 from dualop.errors import BackendUnavailable, DeviceError
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +47,7 @@ def _built() -> None:
         x = torch.ones(64, dtype=dtype, device="cuda")
         calls += [(dualop.chain(text), x, ()) for text in test_stages.UNARY]
         calls += [(dualop.chain(name), x, (x,)) for name in test_stages.OPERAND_STAGES]
-    prepare(calls)
+    BACKENDS["cuda"].prepare([Planned.of(*call) for call in calls])
 
 
 def features(dtype: torch.dtype = torch.float32, rows: int = 512, columns: int = 1024) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import dualop
 from dualop import replay
+from dualop.backends import registry
 from dualop.backends.registry import BACKENDS
 from dualop.build.build import Build
 from dualop.errors import DtypeError, LayoutError, ShapeError
-from dualop.launch import tuned
 from dualop.launch.layout import layout
 from dualop.replay import triton as native_triton
 
@@ -225,7 +225,7 @@ def test_a_launch_that_fails_goes_python_s_way(pair: tuple[Tensor, Tensor], by_p
 def test_another_launch_may_be_chosen_after_tuning(pair: tuple[Tensor, Tensor]) -> None:
     calls = known(*pair)
     assert len(calls) == 1
-    tuned._changed()
+    registry.forget_launches()
     assert len(calls) == 0 and calls(pair[0], (pair[1],)) is None
 
 

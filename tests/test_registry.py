@@ -351,6 +351,133 @@ def test_backends_show_their_source(name: str) -> None:
         compile(source, name, "exec")
 
 
+# ---- a backend from outside the package ------------------------------------------------------------------------------
+
+THIRD = """
+import torch
+from dualop.backends.base import Backend
+from dualop.backends.reference import reference, reference_gradients
+
+
+class Third(Backend):
+    name = "third"
+
+    def environment(self):
+        return []
+
+    def reasons(self, chain, device):
+        return ["has no kernel of tanh"] if "tanh" in chain.text else []
+
+    def forward(self, chain, x, operands):
+        print("third forward")
+        with torch.no_grad():
+            return reference(chain, x, operands)
+
+    def backward(self, chain, gy, x, operands, needs):
+        print("third backward")
+        with torch.no_grad():
+            return [g.clone() for g in reference_gradients(chain, gy, x, operands, needs)]
+
+    def source(self, chain):
+        return f"# third: {chain}"
+"""
+
+
+@pytest.fixture(params=["entry point", "register"])
+def third(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str]:
+    """Runs a command line in a process that has a backend `third`, and gives what it prints."""
+    (tmp_path / "third.py").write_text(THIRD)
+    start = "import sys; from dualop.cli import main; sys.argv = ['dualop', *sys.argv[1:]]; main()"
+    if request.param == "entry point":
+        packaged(tmp_path, "third = third:Third")
+    else:
+        start = f"import third; from dualop.backends.registry import register; register(third.Third()); {start}"
+
+    def call(*arguments: str, code: str = "", status: int = 0) -> str:
+        ran = subprocess.run(
+            [sys.executable, "-c", (code and f"{start.partition('import sys;')[0]}{code}") or start, *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "DUALOP_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert ran.returncode == status, ran.stdout + ran.stderr
+        return ran.stdout + ran.stderr
+
+    call.installed = request.param == "entry point"  # type: ignore[attr-defined]
+    return call
+
+
+def packaged(folder: Path, entry: str) -> None:
+    about = folder / "third-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[dualop.backends]\n{entry}\n")
+
+
+def test_every_command_knows_a_third_backend(third: Any, tmp_path: Path) -> None:
+    explained = third(code="import torch, dualop; x = torch.ones(2); print(dualop.explain(dualop.chain('relu'), x))")
+    assert "third: reference was chosen" in explained
+    file = tmp_path / "out.json"
+    third("check", "--chain", "add | relu", "--backend", "third,reference", "--json", str(file))
+    found = json.loads(file.read_text())
+    assert found["ok"] and "third" in {row["backend"] for row in found["rows"]}
+    third("bench", "--chain", "add | relu", "--backend", "all", "--shape", "4x8", "--no-compile", "--json", str(file))
+    assert {"third", "cuda", "triton", "reference"} <= {row["backend"] for row in json.loads(file.read_text())["rows"]}
+    third("verify", "relu", "--backend", "third", "--dtype", "float16", "--json", str(file))
+    assert {row["backend"] for row in json.loads(file.read_text())["rows"]} == {"third"}
+    assert "third: relu" in third("show", "relu", "--backend", "third")
+    assert "no launches to choose" in third("tune", "--backend", "third", "--chain", "relu", status=2)
+    assert "cannot run `tanh`" in third("check", "--chain", "tanh", "--backend", "third", status=2)
+    if third.installed:  # doctor asks another process, which knows what is installed
+        third("doctor", "--json", str(file))
+        rows = {row["item"]: row["found"] for row in json.loads(file.read_text())["rows"]}
+        assert rows["backend third"] == "runs here"
+
+
+def test_a_third_backend_computes_and_differentiates(tmp_path: Path) -> None:
+    scope: dict[str, Any] = {}
+    exec(THIRD, scope)
+    registry.register(scope["Third"]())
+    try:
+        x, b = X.clone().requires_grad_(), B.clone().requires_grad_()
+        y = OP(x, b, backend="third")
+        expected = torch.relu(x + b)
+        torch.testing.assert_close(y, expected)
+        for ours, theirs in zip(torch.autograd.grad(y.sum(), (x, b)), torch.autograd.grad(expected.sum(), (x, b))):
+            torch.testing.assert_close(ours, theirs)
+        with pytest.raises(BackendUnavailable, match="no kernel of tanh"):
+            dualop.chain("tanh")(X, backend="third")
+        with pytest.raises(BackendUnavailable, match="'third'"):
+            registry.register(scope["Third"]())
+        for name in ("auto", "two words", ""):
+            with pytest.raises(BackendUnavailable, match="identifier"):
+                registry.register(type("Odd", (scope["Third"],), {"name": name})())
+    finally:
+        registry.unregister("third")
+    with pytest.raises(BackendUnavailable, match="unknown backend 'third'"):
+        OP(X, B, backend="third")
+
+
+def test_a_third_backend_that_cannot_be_loaded_says_so_and_harms_nobody(tmp_path: Path) -> None:
+    packaged(tmp_path, "third = nowhere_to_be_found:Third")
+    code = "\n".join(
+        [
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r})",
+            ENVIRONMENT,
+            "result = [chosen(), chosen(backend='third')]",
+            "from dualop.backends.registry import BACKENDS",
+            "result += BACKENDS['third'].environment()",
+            "try: op(x, b, backend='third')",
+            "except dualop.errors.BackendUnavailable as error: result.append(str(error))",
+        ]
+    )
+    auto, named, why, raised = in_process(code, DUALOP_INTERPRET="1")
+    assert auto == "reference" and named is None
+    assert "nowhere_to_be_found" in why and "could not be loaded" in why and why in raised
+
+
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 

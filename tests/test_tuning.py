@@ -10,11 +10,11 @@ import torch
 from test_cli import process, run
 
 import dualop
-from dualop.backends import cuda, triton
+from dualop.backends import cuda, registry, triton
 from dualop.backends.registry import BACKENDS
 from dualop.bench import tuning
 from dualop.bench.workloads import BACKWARD, FORWARD, Workload
-from dualop.launch import candidates, tuned
+from dualop.launch import tuning as store
 from dualop.launch.grid import Cut, backward_grid, power_of_two
 from dualop.launch.layout import DTYPES, layout
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not dualop.backends.registry.interpreting(), rea
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """A store of its own; builds stay where the other tests have them."""
-    monkeypatch.setattr(tuned, "_folder", lambda: tmp_path / "tune")
+    monkeypatch.setattr(store, "_folder", lambda: tmp_path / "tune")
     forget()
     yield tmp_path / "tune"
     monkeypatch.undo()
@@ -40,8 +40,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def forget():
-    tuned._read.cache_clear()
-    tuned._changed()
+    store._read.cache_clear()
+    registry.forget_launches()
 
 
 @pytest.fixture
@@ -77,8 +77,9 @@ def results(backend, x, bias, gy, op=OP):
 
 
 def keep(backend, direction, x, bias, op=OP, cut=None):
-    what = tuned.subject(backend, op, layout(x, [bias]), direction)
-    tuned.keep(what, CPU, cut or CUTS[backend], 1.0, 2.0)
+    what = store.subject(backend, op, layout(x, [bias]), direction)
+    store.keep(what, CPU, cut or CUTS[backend], 1.0, 2.0)
+    registry.forget_launches()
 
 
 def tile(backend, columns=72):
@@ -137,8 +138,8 @@ def test_other_shapes_dtypes_chains_and_backends_have_launches_of_their_own(laun
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_second_call_looks_nothing_up(backend, monkeypatch):
     looked = []
-    original = tuned.lookup
-    monkeypatch.setattr(tuned, "lookup", lambda *a: looked.append(a) or original(*a))
+    original = store.lookup
+    monkeypatch.setattr(store, "lookup", lambda *a: looked.append(a) or original(*a))
     given = tensors()
     results(backend, *given)
     assert len(looked) == 2
@@ -167,16 +168,16 @@ def test_only_rows_and_registers_make_another_library():
 def test_candidates(backend, direction, dtype, shape):
     x = torch.empty(shape, dtype=dtype, device="meta")
     view = layout(x, [torch.empty(shape[-1:], dtype=dtype, device="meta")])
-    present = tuning.HEURISTICS[backend](OP, view, direction, CPU)
-    found = candidates.candidates(backend, view, direction, present)
+    present = BACKENDS[backend].heuristic(OP, view, direction, CPU)
+    found = BACKENDS[backend].candidates(view, direction, present)
     assert found[0] == present and len(set(found)) == len(found) <= 41
     assert shape != (16384, 8192) or len(found) >= 20
     for cut in found:
         assert 32 <= cut.threads <= 256 and cut.across <= cut.threads
         assert all(n & (n - 1) == 0 for n in (cut.rows, cut.threads, cut.across))
         assert backend == "triton" or cut.threads >= 64
-    near = candidates.near(view, direction, present)
-    assert bool(near) == candidates.sums(view, direction)
+    near = store.near(view, direction, present)
+    assert bool(near) == store.sums(view, direction)
     assert all(replace(cut, least=present.least, most=present.most) == present for cut in near)
 
 
@@ -210,8 +211,8 @@ def few(monkeypatch):
     """Three candidates: the heuristic's, another, and one that no kernel can be compiled for."""
     broken = Cut(rows=3, threads=64, across=64, resident=1)
     other = Cut(rows=2, threads=64, across=64, resident=1)
-    monkeypatch.setattr(candidates, "candidates", lambda *a: [a[-1], other, broken])
-    monkeypatch.setattr(candidates, "near", lambda *a: ())
+    monkeypatch.setattr(store, "candidates", lambda *a: [a[-1], other, broken])
+    monkeypatch.setattr(store, "near", lambda *a: ())
     monkeypatch.setattr(tuning, "BUDGET_S", 0.0)
     return other, broken
 
@@ -222,38 +223,54 @@ def test_a_launch_that_fails_is_left_out(few):
     assert row.ok and row.kept and row.tried == 3 and row.gain >= 1
     assert [{k: v for k, v in f.items() if k != "why"} for f in row.failed] == [asdict(broken)] and row.failed[0]["why"]
     assert {Cut(**{k: v for k, v in t.items() if k != "us"}) for t in row.times} == {Cut(**row.heuristic), other}
-    assert tuned.lookup(task().subject, CPU, Cut) == Cut(**row.best)
+    assert store.lookup(task().subject, CPU, Cut) == Cut(**row.best)
+
+
+def test_what_was_kept_is_taken_by_the_next_call(few, launches):
+    """And what was forgotten is not taken any more."""
+    x, bias = torch.randn(4, 8), torch.randn(8)
+
+    def taken():
+        launches.clear()
+        OP(x, bias, backend="triton")
+        return launches[0][2]
+
+    before = taken()
+    store.keep(task().subject, CPU, few[0], 1.0, 2.0)
+    assert taken() == before  # a backend remembers what it chose
+    tuning.run([task(BACKWARD)], 0, True, quiet)
+    assert taken() != before
+    assert "deleted" in run("tune", "--forget").output and taken() == before
 
 
 def test_a_launch_with_wrong_results_is_not_kept(few, monkeypatch, folder):
     class Wrong(triton.Triton):
-        def forward(self, chain, x, operands):
-            return super().forward(chain, x, operands) * 1.01
+        def forward(self, chain, x, operands, cut=None):
+            return super().forward(chain, x, operands, cut) * 1.01
 
     monkeypatch.setitem(BACKENDS, "triton", Wrong())
     forward, backward = tuning.run([task(), task(BACKWARD)], 0, True, quiet)
     assert not forward.ok and not forward.kept and "wrong: y" in forward.note and forward.best_us
     assert backward.ok and backward.kept
-    assert tuned.lookup(task().subject, CPU, Cut) is None and tuned.lookup(task(BACKWARD).subject, CPU, Cut)
+    assert store.lookup(task().subject, CPU, Cut) is None and store.lookup(task(BACKWARD).subject, CPU, Cut)
 
 
 def test_a_heuristic_that_cannot_be_launched_is_a_row_that_is_not_ok(few, monkeypatch):
-    monkeypatch.setitem(tuning.HEURISTICS, "triton", lambda *a: few[1])
+    monkeypatch.setattr(BACKENDS["triton"], "heuristic", lambda *a: few[1])
     (row,) = tuning.run([task()], 0, True, quiet)
-    assert not row.ok and row.note and row.best is None and tuned.lookup(task().subject, CPU, Cut) is None
+    assert not row.ok and row.note and row.best is None and store.lookup(task().subject, CPU, Cut) is None
 
 
 def test_what_an_earlier_search_found_is_tried_again():
     known = Cut(rows=16, threads=64, across=64, resident=1)
     assert known not in task().candidates
-    tuned.keep(task().subject, CPU, known, 1.0, 2.0)
+    store.keep(task().subject, CPU, known, 1.0, 2.0)
     assert known in task().candidates and task().candidates[0] == task().heuristic != known
 
 
 def test_every_launch_is_compiled_before():
-    """`prepare` takes the calls one by one, and finds the launch of each."""
     one = task(BACKWARD, "cuda", (64, 512))
-    chosen = [cuda._cuts(op, layout(x, operands), CPU)[1] for op, x, operands in tuning._calls([one])]
+    chosen = [cuda._cuts(c.chain, layout(c.tensors[0], c.tensors[1:]), CPU, c.cuts)[1] for c in tuning.planned(one)]
     assert chosen == one.candidates and len(chosen) > 1
     assert cuda._cuts(OP, one.work.layout, CPU)[1] == one.heuristic
 
@@ -272,17 +289,17 @@ def test_the_command_finds_and_keeps_and_forgets(few, tmp_path, folder):
     assert [row["direction"] for row in found["rows"]] == [FORWARD, BACKWARD] and found["launches"] == 2
     for row in found["rows"]:
         assert row["ok"] and row["kept"] and row["interpreted"] and row["heuristic_us"] >= row["best_us"] > 0
-        assert tuned.lookup(task(row["direction"]).subject, CPU, Cut) == Cut(**row["best"])
-    assert "deleted" in run("tune", "--forget").output and tuned.lookup(task().subject, CPU, Cut) is None
+        assert store.lookup(task(row["direction"]).subject, CPU, Cut) == Cut(**row["best"])
+    assert "deleted" in run("tune", "--forget").output and store.lookup(task().subject, CPU, Cut) is None
     assert "nothing was kept" in run("tune", "--forget").output
 
 
 def test_the_command_compiles_and_times_cuda(monkeypatch, few):
-    monkeypatch.setattr(candidates, "candidates", lambda *a: [a[-1], replace(a[-1], threads=64, across=64)])
+    monkeypatch.setattr(store, "candidates", lambda *a: [a[-1], replace(a[-1], threads=64, across=64)])
     arguments = ["--chain", "add | relu", "--backend", "cuda", "--shape", "4x8", "--dtype", "float32"]
     done = run("tune", *arguments, "--direction", "backward")
     assert done.exit_code == 0, done.output
-    assert tuned.lookup(task(BACKWARD, "cuda").subject, CPU, Cut) is not None
+    assert store.lookup(task(BACKWARD, "cuda").subject, CPU, Cut) is not None
 
 
 @pytest.mark.parametrize(

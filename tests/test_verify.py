@@ -28,6 +28,7 @@ class Right(Reference):
     """The exact value, rounded once; `spoil(x, y)` and `spoil_gradient(x, g)` change what comes out."""
 
     name = "right"
+    torch_formulas = False
 
     def __init__(self, spoil=lambda x, y: y, spoil_gradient=lambda x, g: g):
         self.spoil, self.spoil_gradient = spoil, spoil_gradient
@@ -258,13 +259,17 @@ def test_progress_comes_to_its_end():
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_only_tritons_interpreter_may_lose_subnormals(monkeypatch):
+def test_only_a_backend_that_says_so_may_lose_subnormals(monkeypatch):
+    assert BACKENDS["triton"].flushed == ({torch.bfloat16} if BACKENDS["triton"].interpreted else set())
+    assert not BACKENDS["cuda"].flushed and not BACKENDS["reference"].flushed
     tiny = torch.finfo(torch.bfloat16).tiny
-    for name, interpreted, count in (("triton", True, 254), ("triton", False, 0), ("right", True, 0)):
+    for name, flushed, count in (
+        ("triton", {torch.bfloat16}, 254), ("triton", set(), 0), ("right", {torch.float16}, 0), ("right", set(), 0)
+    ):  # fmt: skip
         backend = Right(
             lambda x, y: torch.where(x.abs() < tiny, 0.0, y), lambda x, g: torch.where(x.abs() < tiny, 0.0, g)
         )
-        backend.name, backend.interpreted = name, interpreted
+        backend.name, backend.interpreted, backend.flushed = name, True, frozenset(flushed)
         monkeypatch.setitem(BACKENDS, name, backend)
         rows = verify(dualop.chain("neg"), ["bfloat16"], [name], CPU, SAMPLED_STRIDE)
         assert [row.unjudged for row in rows] == [count, count]

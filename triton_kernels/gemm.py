@@ -79,9 +79,7 @@ from {package}.tile import inside, place, read
 '''
 
 _KERNEL = """@triton.jit
-def finish(sums, y, z, @VIEWS@first_row, first_column, rows, cols, @OPTIONS@):
-    if SAVE:
-        put(z, first_row, first_column, rows, cols, sums, DESCRIPTORS)
+def finish(sums, y, @VIEWS@first_row, first_column, rows, cols, @OPTIONS@):
     row, column = place(first_row, first_column, sums.shape[0], sums.shape[1])
     if not NARROW:
         row = row.to(tl.int64)
@@ -91,19 +89,19 @@ def finish(sums, y, z, @VIEWS@first_row, first_column, rows, cols, @OPTIONS@):
 
 
 @triton.jit
-def finish_in_parts(sums, y, z, @VIEWS@row, column, rows, cols, PARTS: tl.constexpr, @OPTIONS@):
+def finish_in_parts(sums, y, @VIEWS@row, column, rows, cols, PARTS: tl.constexpr, @OPTIONS@):
     if PARTS == 1:
-        finish(sums, y, z, @VIEWS@row, column, rows, cols, @GIVEN@)
+        finish(sums, y, @VIEWS@row, column, rows, cols, @GIVEN@)
     else:
         left, right = halves(sums)
         middle = column + left.shape[1]
-        finish_in_parts(left, y, z, @VIEWS@row, column, rows, cols, PARTS // 2, @GIVEN@)
-        finish_in_parts(right, y, z, @VIEWS@row, middle, rows, cols, PARTS // 2, @GIVEN@)
+        finish_in_parts(left, y, @VIEWS@row, column, rows, cols, PARTS // 2, @GIVEN@)
+        finish_in_parts(right, y, @VIEWS@row, middle, rows, cols, PARTS // 2, @GIVEN@)
 
 
 @triton.jit
 def gemm_kernel(
-    x, weight, y, z, @VIEWS@rows, cols, depth, x_stride, weight_stride,
+    x, weight, y, @VIEWS@rows, cols, depth, x_stride, weight_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     @OPTIONS@,
 ):
@@ -120,7 +118,7 @@ def gemm_kernel(
             sums = tl.dot(left, right.T, sums)
         done += programs
         row, column = corner(done, rows, cols, BLOCK_M, BLOCK_N, GROUP)
-        finish_in_parts(sums, y, z, @VIEWS@row, column, rows, cols, PARTS, @GIVEN@)
+        finish_in_parts(sums, y, @VIEWS@row, column, rows, cols, PARTS, @GIVEN@)
 """
 
 
@@ -132,7 +130,7 @@ def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
         f"    in{i} = read(p{i}, div{i}, mod{i}, stride{i}, outer{i}, row, column, rows, cols, mask, {kind}, BITS)\n"
         for i, kind in zip(numbers, kinds, strict=True)
     ]
-    constants = ("SAVE", "DESCRIPTORS", "NARROW", "BITS")
+    constants = ("DESCRIPTORS", "NARROW", "BITS")
     filled = {
         "@VIEWS@": "".join(f"{view}, " for view in views),
         "@READS@": "".join(reads),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,17 +16,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dualop.backends.functions import lacking
-from dualop.backends.mode import CPU_REASON, INTERPRET
+from dualop.backends.base import GpuBackend, Planned, Progress
 from dualop.build import build, pool
 from dualop.build.sources import cuda_header
 from dualop.errors import BackendUnavailable
 from dualop.language.program import Step, curved, steps
 from dualop.language.slopes import Slope, is_slope
 from dualop.language.syntax import Chain
-from dualop.launch import tuned
+from dualop.launch import tuning
 from dualop.launch.grid import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.launch.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, device_of, layout
+from dualop.launch.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, layout
 from dualop.replay.record import Word, launched, number
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
@@ -42,6 +41,12 @@ BACKWARD = {
     torch.float64: Cut(rows=2, threads=256, across=32, resident=1),
 }
 TALL = dict.fromkeys(DTYPES, Tall(bytes=32, tiles=2))
+
+SPACE = tuning.Space(
+    registers=((1, 4), (1, 8), (2, 4), (2, 6), (4, 2), (4, 4), (8, 1), (8, 2)),
+    # The fewer side by side, the fewer partial sums. With few side by side a program may take all rows.
+    summing=((128, 32), (256, 2), (256, 4), (256, 32), (256, 64)),
+)
 
 STREAM = 6  # its place among a launch's words
 
@@ -100,23 +105,12 @@ def _kind(kind: int) -> str:
     return " | ".join((*names, *more)) or "0"
 
 
-def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
-    """How a kernel is cut where nobody searched for this call (dualop/launch/grid.py)."""
-    forward, backward = _untuned(chain, view.dtype, len(view.views))
-    return TALL[view.dtype].fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
-
-
 def _untuned(chain: Chain | Slope, dtype: torch.dtype, inputs: int) -> Cuts:
     forward, backward = FORWARD[dtype], BACKWARD[dtype]
     # Long chains, many inputs and slopes need more registers than `resident` leaves: they would spill.
     if len(steps(chain)) + inputs < 8 and not is_slope(chain):
         return forward, backward
     return replace(forward, resident=1), replace(backward, resident=1)
-
-
-def _cuts(chain: Chain | Slope, view: Layout, device: torch.device) -> Cuts:
-    chosen = lambda way: tuned.chosen("cuda", chain, view, way, device, heuristic(chain, view, way, device))
-    return chosen("forward"), chosen("backward")
 
 
 def _build(chain: Chain | Slope, signature: Signature, device: torch.device, cuts: Cuts) -> build.Build:
@@ -127,23 +121,6 @@ def _build(chain: Chain | Slope, signature: Signature, device: torch.device, cut
 
 def _signature(view: Layout, dtypes: Iterable[torch.dtype]) -> Signature:
     return view.dtype, tuple((t, v.kind) for t, v in zip(dtypes, view.views, strict=True)), view.narrow
-
-
-def prepare(
-    calls: Iterable[tuple[Chain, Tensor, Sequence[Tensor]]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Build the libraries of many calls at once, in as many processes as there are cores.
-
-    `progress(done, total)` is called after each. Raises the first build's error after all have ended.
-    """
-    wanted: dict[build.Build, None] = {}
-    for chain, x, operands in calls:
-        view, device = layout(x, operands), device_of(x, operands)
-        signature = _signature(view, [t.dtype for t in (x, *operands)])
-        wanted[_build(chain, signature, device, _cuts(chain, view, device))] = None
-    missing = [(one,) for one in wanted if one.try_load() is None]
-    pool.each(build.Build.build, missing, len(missing), progress)
 
 
 @dataclass
@@ -175,8 +152,14 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def _plan(chain: Chain | Slope, view: Layout, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Plan:
-    cuts = _cuts(chain, view, device)
+def _plan(
+    chain: Chain | Slope,
+    view: Layout,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    given: tuple[tuple[str, Cut], ...] = (),
+) -> Plan:
+    cuts = _cuts(chain, view, device, given)
     library = _build(chain, _signature(view, dtypes), device, cuts).load()
     for launcher in [library.dualop_backward] + ([] if is_slope(chain) else [library.dualop_forward]):
         launcher.argtypes, launcher.restype = [ctypes.c_char_p], ctypes.c_int
@@ -184,77 +167,91 @@ def _plan(chain: Chain | Slope, view: Layout, dtypes: tuple[torch.dtype, ...], d
     return Plan(library, view, cuts, 16 // view.dtype.itemsize)
 
 
-tuned.on_change(_plan.cache_clear)
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a plan."""
 
-
-class Cuda:
-    """CUDA C++ kernels on a GPU, or with DUALOP_INTERPRET=1 the same kernels on CPU tensors."""
-
-    name = "cuda"
+    plan: Plan
+    direction: str
+    vector: bool  # accesses of 16 bytes
+    device: torch.device
 
     @property
-    def interpreted(self) -> bool:
-        return INTERPRET
+    def grid(self) -> Grid:
+        return self.plan.grid(self.direction == "backward", self.vector, self.device)[0]
 
-    def environment(self) -> list[str]:
-        if INTERPRET:
-            return _missing_tools(True)
-        if not torch.cuda.is_available():
-            no_gpu = "no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels on CPU tensors"
-            return [no_gpu, *_missing_tools(False)]
-        return _missing_tools(False)
-
-    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
-        if device.type == "cpu" and not INTERPRET:
-            return [CPU_REASON]
-        if device.type not in ("cpu", "cuda"):
-            return [f"has no kernels for {device.type} tensors"]
-        return [*_missing_tools(device.type == "cpu"), *lacking("cuda", chain)]
-
-    def source(self, chain: Chain | Slope) -> str:
-        return source(chain, (torch.float32, _plain_inputs(chain), True), host=False)
-
-    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        tensors, device = (x, *operands), device_of(x, operands)
-        view = layout(x, operands)
-        y = view.output(device)
-        if view.total:
-            inputs = _readable(view, tensors, device)
-            plan = _plan(chain, view, tuple(t.dtype for t in tensors), device)
-            vector = _aligned(view, plan.wide, (y, *inputs))
-            _launch(plan, False, vector, device, y, None, _words(view, inputs))
-        return y
+    def forward(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
+        _launch(self.plan, False, self.vector, self.device, y, None, _words(self.plan.view, inputs))
 
     def backward(
-        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor]:
-        tensors, device = (x, *operands), device_of(x, operands)
-        view = layout(x, operands)
-        if not view.total:
-            return [view.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
-        inputs = _readable(view, tensors, device)
-        if gy.stride() != view.strides or gy.dtype != view.dtype:
-            gy = view.output(device).copy_(gy)
-        plan = _plan(chain, view, tuple(t.dtype for t in tensors), device)
-        gradients = [
-            view.gradient(i, t, device) if need and not v.expanded else None
-            for i, (t, need, v) in enumerate(zip(tensors, needs, view.views, strict=True))
-        ]
-        vector = _aligned(view, plan.wide, (gy, *inputs))
-        grid, _ = plan.grid(True, vector, device)
-        partials = [
-            view.partial(i, grid.row_programs, grid.col_programs, device) if need else None
-            for i, need in enumerate(needs)
-        ]
+        self,
+        gy: Tensor,
+        inputs: Sequence[Tensor],
+        partials: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        view, grid = self.plan.view, self.grid
         words: list[Word] = []
-        for i, tensor in enumerate(inputs):
-            v, gradient, partial = view.views[i], gradients[i], partials[i]
+        for v, tensor, gradient, partial in zip(view.views, inputs, gradients, partials, strict=True):
             written = partial if partial is not None else gradient
             summed = gradient if partial is not None else None
             shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
             words += (tensor, *_walk(v), written, summed, *shape)
-        _launch(plan, True, vector, device, None, gy, words)
-        return view.finished(gradients, partials, tensors)
+        _launch(self.plan, True, self.vector, self.device, None, gy, words)
+
+
+class Cuda(GpuBackend):
+    """CUDA C++ kernels on a GPU, or with DUALOP_INTERPRET=1 the same kernels on CPU tensors."""
+
+    name = "cuda"
+    space = SPACE
+
+    def missing(self, host: bool) -> list[str]:
+        return _missing_tools(host)
+
+    def source(self, chain: Chain | Slope) -> str:
+        return source(chain, (torch.float32, _plain_inputs(chain), True), host=False)
+
+    def launch(
+        self,
+        chain: Chain | Slope,
+        view: Layout,
+        device: torch.device,
+        needs: tuple[bool, ...] | None,
+        cut: Cut | None,
+        tensors: Sequence[Tensor],
+    ) -> Launch:
+        direction = "forward" if needs is None else "backward"
+        given = () if cut is None else ((direction, cut),)
+        plan = _plan(chain, view, tuple(t.dtype for t in tensors[1:]), device, given)
+        return Launch(plan, direction, _aligned(view, plan.wide, tensors), device)
+
+    def heuristic(self, chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
+        forward, backward = _untuned(chain, view.dtype, len(view.views))
+        return TALL[view.dtype].fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
+
+    def prepare(self, calls: Iterable[Planned], progress: Progress = lambda done, total: None) -> None:
+        """Build the libraries of these calls, in as many processes as there are cores.
+
+        Raises the first build's error after all have ended.
+        """
+        wanted: dict[build.Build, None] = {}
+        for call in calls:
+            view = layout(call.tensors[0], call.tensors[1:])
+            signature = _signature(view, [t.dtype for t in call.tensors])
+            cuts = _cuts(call.chain, view, call.device, call.cuts)
+            wanted[_build(call.chain, signature, call.device, cuts)] = None
+        missing = [(one,) for one in wanted if one.try_load() is None]
+        pool.each(build.Build.build, missing, len(missing), progress)
+
+    def forget(self) -> None:
+        _plan.cache_clear()
+
+
+def _cuts(chain: Chain | Slope, view: Layout, device: torch.device, given: tuple[tuple[str, Cut], ...] = ()) -> Cuts:
+    """Of both kernels, which are in one library: the given ones, or those that were chosen."""
+    chosen = lambda way: Cuda().chosen(chain, view, way, device, dict(given).get(way))
+    return chosen("forward"), chosen("backward")
 
 
 def _walk(v: View) -> tuple[int, int, int, int]:
@@ -263,10 +260,6 @@ def _walk(v: View) -> tuple[int, int, int, int]:
 
 def _plain_inputs(chain: Chain | Slope) -> tuple[tuple[torch.dtype, int], ...]:
     return ((torch.float32, FULL), *[(torch.float32, COLUMN)] * len(chain.operands))
-
-
-def _readable(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    return [view.readable(i, t, device) for i, t in enumerate(tensors)]
 
 
 def _words(view: Layout, inputs: Sequence[Tensor]) -> list[Word]:

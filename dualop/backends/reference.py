@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dualop.backends.base import Backend
 from dualop.language.slopes import Slope, is_slope, slope_gradients
 from dualop.language.syntax import Chain
 from dualop.launch.layout import layout
@@ -72,11 +73,11 @@ def reference_gradients(
     return [s.sum_to_size(t.shape).to(t.dtype) for s, t, need in zip(sums, tensors, needs, strict=True) if need]
 
 
-class Reference:
+class Reference(Backend):
     """Runs everywhere, as fast as torch's own functions."""
 
     name = "reference"
-    interpreted = False
+    torch_formulas = True
 
     def environment(self) -> list[str]:
         return []

@@ -1,57 +1,34 @@
 """The backends, which of them runs a call, and why the others do not.
 
 Order of precedence: the `backend=` argument, `use_backend`, `set_backend`, DUALOP_BACKEND (read when dualop is first
-used), "auto". A backend that is named runs or raises; only "auto" chooses.
+used), "auto". A backend that is named runs or raises; only "auto" chooses, in the table's order.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from importlib.metadata import EntryPoint, entry_points
 
 import torch
 from torch import Tensor
 
+from dualop import replay
 from dualop.backends import cuda, reference, triton
+from dualop.backends.base import Backend, Planned, Progress
 from dualop.backends.mode import INTERPRET
 from dualop.build import locks
-from dualop.errors import BackendUnavailable
+from dualop.errors import BackendUnavailable, BuildError
 from dualop.language.slopes import Slope
 from dualop.language.syntax import Chain
 from dualop.launch.layout import device_of, validate
 
+ENTRY_POINTS = "dualop.backends"  # the group by which an installed package has its backends registered
 
-class Backend(Protocol):
-    """Something that runs a chain forward and backward. Its methods get tensors that passed `layout.validate`."""
-
-    name: str
-
-    @property
-    def interpreted(self) -> bool:
-        """Whether kernels run in an interpreter or on the host, slowly, to be tested."""
-
-    def environment(self) -> list[str]:
-        """What this machine lacks for it, each with its remedy; empty if it runs here."""
-
-    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
-        """What keeps it from running this chain on this device; empty if it runs."""
-
-    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor: ...
-
-    def backward(
-        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor]:
-        """The gradients of those of (x, *operands) that `needs` asks for, in that order, each like its tensor."""
-
-    def source(self, chain: Chain) -> str:
-        """The text that is compiled for a contiguous float32 x and one feature vector an operand."""
-
-
-BACKENDS: dict[str, Backend] = {b.name: b for b in (cuda.Cuda(), triton.Triton(), reference.Reference())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (cuda.Cuda(), triton.TRITON, reference.Reference())}
 AUTO = "auto"
 
 _context: ContextVar[str | None] = ContextVar("dualop_backend", default=None)
@@ -61,6 +38,77 @@ _process: str | None = None
 _entered: list[list[str]] = []
 _traced: str | None = None
 _environment = os.environ.get("DUALOP_BACKEND") or AUTO
+
+
+def register(backend: Backend) -> None:
+    """Add a backend to the table: it can be asked for by its name, and every command knows it.
+
+    "auto" takes it where no backend before it in the table can run. Raises BackendUnavailable for a name that is taken
+    or that could not be asked for.
+    """
+    name = backend.name
+    if name in (AUTO, *BACKENDS) or not name.isidentifier():
+        raise BackendUnavailable(f"a backend cannot be called {name!r}: it takes an identifier that is not in use")
+    BACKENDS[name] = backend
+
+
+def unregister(name: str) -> None:
+    """Take a backend out of the table again, and forget its calls."""
+    del BACKENDS[name]
+    replay.forget()
+
+
+def forget_launches() -> None:
+    """Have every backend choose its launches anew, after `tuning.keep` or `tuning.forget`."""
+    for backend in BACKENDS.values():
+        backend.forget()
+    replay.forget()
+
+
+def prepare(names: Sequence[str], calls: Sequence[Planned], progress: Progress) -> None:
+    """Compile what these calls need on these backends. What cannot be compiled is left to the call, which says so."""
+    for name in names:
+        with suppress(BuildError):
+            BACKENDS[name].prepare(calls, progress)
+
+
+class Broken(Backend):
+    """Stands for a backend of another package that could not be loaded: it says why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name, self._why = name, why
+
+    def environment(self) -> list[str]:
+        return [self._why]
+
+    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
+        return [self._why]
+
+    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        raise BackendUnavailable(self._why)
+
+    def backward(
+        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        raise BackendUnavailable(self._why)
+
+    def source(self, chain: Chain) -> str:
+        raise BackendUnavailable(self._why)
+
+
+def _load(entry: EntryPoint) -> None:
+    """Register what an installed package has under the group: a class of backends, or what else makes one."""
+    try:
+        register(entry.load()())
+    except Exception as error:  # somebody else's code: it must not keep the other backends from running
+        first = next(iter(str(error).splitlines()), "")
+        broken = Broken(entry.name, f"{entry.value} could not be loaded: {type(error).__name__}: {first}")
+        with suppress(BackendUnavailable):
+            register(broken)
+
+
+for _entry in entry_points(group=ENTRY_POINTS):
+    _load(_entry)
 
 
 def interpreting() -> bool:
@@ -75,7 +123,7 @@ def _known(name: str, said_by: str) -> str:
 
 
 def set_backend(name: str) -> None:
-    """The backend of this process from now on: "auto", "cuda", "triton" or "reference"."""
+    """The backend of this process from now on: "auto", "cuda", "triton", "reference" or one registered."""
     global _process
     _process = _known(name, "set_backend")
 

@@ -5,9 +5,10 @@ With DUALOP_INTERPRET=1 the same file runs in Triton's interpreter, on CPU tenso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -16,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualop.backends.functions import lacking
-from dualop.backends.mode import CPU_REASON, INTERPRET, TRITON_TOO_EARLY
-from dualop.build import locks
+from dualop.backends.base import GpuBackend, Planned, Progress
+from dualop.backends.mode import INTERPRET, TRITON_TOO_EARLY
+from dualop.build import locks, pool
 from dualop.build.generated import imported
 from dualop.language.program import curved, steps
 from dualop.language.slopes import Slope, is_slope
 from dualop.language.syntax import Chain
-from dualop.launch import tuned
+from dualop.launch import tuning
 from dualop.launch.grid import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.launch.layout import COLUMN, DTYPES, FULL, Layout, device_of, layout
+from dualop.launch.layout import COLUMN, DTYPES, FULL, Layout, layout
 from dualop.replay.triton import launched
 
 # As in the CUDA backend, but for the compiler's own choice of registers.
@@ -42,10 +43,16 @@ TALL = {
 }
 # A slope has three values a stage and element on its way up: at most 8 elements a thread, or long ones spill.
 SLOPE = {t: Cut(rows=1 if t.itemsize == 2 else 2, threads=128, across=128, resident=1) for t in DTYPES}
+SPACE = tuning.Space(
+    # 1 means no limit; registers are what the compiler chooses well by itself, mostly.
+    registers=((1, 1), (1, 4), (2, 1), (2, 4), (4, 1), (8, 1)),
+    summing=((32, 32), (128, 32), (256, 4), (256, 8), (256, 16), (256, 32)),
+)
 # Tiles of a program that are under way at once, all but one in shared memory. The assembler would move loads into
 # registers down to their first use.
 STAGES = 3
 RESERVED = 8 << 10  # bytes of a program's shared memory, for sums of its threads
+MOST_PROCESSES = 12  # that compile kernels: each has a CUDA context and one call's tensors
 # Fused multiply-add is what nvcc does too; a coming Triton changes the default, so it is said.
 OPTIONS = {} if INTERPRET else {"enable_fp_fusion": True}
 
@@ -67,65 +74,93 @@ def _module(chain: Chain | Slope, kinds: tuple[int, ...]) -> ModuleType:
     return imported(source(chain, kinds))
 
 
-class Triton:
+class Triton(GpuBackend):
     """Triton kernels on a GPU, or with DUALOP_INTERPRET=1 the same kernels in Triton's interpreter."""
 
     name = "triton"
+    space = SPACE
+    flushed = frozenset({torch.bfloat16} if INTERPRET else ())  # Triton's interpreter makes zeros of them
 
-    @property
-    def interpreted(self) -> bool:
-        return INTERPRET
-
-    def environment(self) -> list[str]:
-        if not INTERPRET and not torch.cuda.is_available():
-            return ["no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels on CPU tensors", *_missing()]
-        return list(_missing())
-
-    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
-        if device.type == "cpu" and not INTERPRET:
-            return [CPU_REASON]
-        if device.type not in ("cpu", "cuda"):
-            return [f"has no kernels for {device.type} tensors"]
-        return [*_missing(), *lacking("triton", chain)]
+    def missing(self, host: bool) -> list[str]:
+        return _missing()
 
     def source(self, chain: Chain | Slope) -> str:
         return source(chain, (FULL, *[COLUMN] * len(chain.operands)))
 
-    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        tensors, device = (x, *operands), device_of(x, operands)
-        view = layout(x, operands)
-        y = view.output(device)
-        if view.total:
-            launch = _launch(chain, view, device, None)
-            launch((y,), _readable(view, tensors, device))
-        return y
+    def launch(
+        self,
+        chain: Chain | Slope,
+        view: Layout,
+        device: torch.device,
+        needs: tuple[bool, ...] | None,
+        cut: Cut | None,
+        tensors: Sequence[Tensor],
+    ) -> Launch:
+        return _launch(chain, view, device, needs, cut)
 
-    def backward(
-        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor]:
-        tensors, device = (x, *operands), device_of(x, operands)
-        view = layout(x, operands)
-        if not view.total:
-            return [view.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
-        if gy.stride() != view.strides or gy.dtype != view.dtype:
-            gy = view.output(device).copy_(gy)
-        launch = _launch(chain, view, device, tuple(needs))
-        grid = launch.grid
-        partials: list[Tensor | None] = [
-            view.partial(i, grid.row_programs, grid.col_programs, device) if need else None
-            for i, need in enumerate(needs)
-        ]
-        gradients = [
-            view.gradient(i, t, device) if need and not v.expanded else None
-            for i, (t, need, v) in enumerate(zip(tensors, needs, view.views, strict=True))
-        ]
-        # A gradient that nobody wants is not written; gy stands in for its pointer.
-        written = [next((t for t in pair if t is not None), gy) for pair in zip(partials, gradients, strict=True)]
-        launch((gy, *written), _readable(view, tensors, device))
-        for v, partial, gradient in zip(view.views, partials, gradients, strict=True):
-            if partial is not None and gradient is not None:
-                _sum(partial, gradient, v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs), device)
-        return view.finished(gradients, partials, tensors)
+    def heuristic(self, chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
+        reduced = direction == "backward" and any(v.reduced for v in view.views)
+        cut = (BACKWARD if reduced else SLOPE if is_slope(chain) else FORWARD)[view.dtype]
+        return TALL[view.dtype].fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
+
+    def prepare(self, calls: Iterable[Planned], progress: Progress = lambda done, total: None) -> None:
+        """Launch each call once on tensors of zeros, in processes of their own; the interpreter compiles nothing.
+
+        Triton keeps what it compiles on disk, where this process finds it. What fails there fails here again.
+        """
+        form = lambda t: (tuple(t.shape), t.stride(), t.dtype)
+        tasks = [(replace(call, tensors=()), [form(t) for t in call.tensors]) for call in calls if _compiles(call)]
+        pool.each(_launch_once, tasks, MOST_PROCESSES, progress)
+
+    def forget(self) -> None:
+        _launch.cache_clear()
+
+    def on(self, device: torch.device) -> Any:
+        """Return a context in which a kernel may be launched on this device.
+
+        Triton launches on the current device; its interpreter computes with NumPy, which would warn of every NaN.
+        """
+        if INTERPRET:
+            import numpy as np
+
+            return np.errstate(all="ignore")
+        away = device.type == "cuda" and torch.cuda.current_device() != device.index
+        return torch.cuda.device(device) if away else nullcontext()
+
+    def options(self, threads: int, resident: int = 1, early: bool = False) -> dict[str, Any]:
+        """Return the keywords of a launch of so many threads, whose registers let `resident` * 256 threads into an SM.
+
+        `early`: the kernel waits by itself for the one before.
+        """
+        if INTERPRET:
+            return {}
+        limit = {"maxnreg": 65536 // (256 * resident)} if resident > 1 else {}
+        dependent = {"launch_pdl": True} if early else {}
+        return {"num_warps": threads // 32, **limit, **dependent, **OPTIONS}
+
+
+TRITON = Triton()
+
+
+def _compiles(call: Planned) -> bool:
+    return call.device.type == "cuda" and all(call.tensors[0].shape)
+
+
+def _zeros(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    return torch.zeros(1 + last, dtype=dtype, device=device).as_strided(shape, strides)
+
+
+def _launch_once(call: Planned, forms: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]) -> None:
+    with contextlib.suppress(Exception):
+        zeros = [_zeros(*form, call.device) for form in forms]
+        (x, *operands), cuts = zeros, dict(call.cuts)
+        y = layout(x, operands).output(call.device).zero_()
+        if "forward" in call.directions:
+            TRITON.forward(call.chain, x, operands, cut=cuts.get("forward"))
+        if "backward" in call.directions:
+            needs = call.needs or (True,) * len(zeros)
+            TRITON.backward(call.chain, y, x, operands, needs, cut=cuts.get("backward"))
 
 
 @dataclass(frozen=True)
@@ -133,25 +168,46 @@ class Launch:
     """All of a kernel's launch that the tensors' addresses do not change."""
 
     kernel: Any  # with its grid
+    view: Layout
     grid: Grid
     walks: tuple[tuple[int, ...], ...]  # where the elements of each input lie
     numbers: dict[str, Any]
     device: torch.device
 
+    def forward(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
+        self((y,), inputs)
+
+    def backward(
+        self,
+        gy: Tensor,
+        inputs: Sequence[Tensor],
+        partials: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        # A gradient that nobody wants is not written; gy stands in for its pointer.
+        written = [next((t for t in pair if t is not None), gy) for pair in zip(partials, gradients, strict=True)]
+        self((gy, *written), inputs)
+        sizes = (self.view.rows, self.view.cols, self.grid.row_programs, self.grid.col_programs)
+        for v, partial, gradient in zip(self.view.views, partials, gradients, strict=True):
+            if partial is not None and gradient is not None:
+                _sum(partial, gradient, v.sum_shape(*sizes), self.device)
+
     def __call__(self, pointers: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         views = [part for tensor, walk in zip(inputs, self.walks, strict=True) for part in (tensor, *walk)]
-        with _on(self.device):
+        with TRITON.on(self.device):
             compiled = self.kernel(*pointers, *views, **self.numbers)
         launched(compiled, self.grid.axes, (*pointers, *views), self.numbers)
 
 
 @lru_cache(maxsize=2048)
-def _launch(chain: Chain | Slope, view: Layout, device: torch.device, needs: tuple[bool, ...] | None) -> Launch:
+def _launch(
+    chain: Chain | Slope, view: Layout, device: torch.device, needs: tuple[bool, ...] | None, given: Cut | None = None
+) -> Launch:
     """Of the forward kernel, or of the backward kernel with these gradients."""
     module = _module(chain, tuple(v.kind for v in view.views))
     walks = tuple((v.div, v.mod, v.row_stride, v.outer_stride) for v in view.views)
     direction = "forward" if needs is None else "backward"
-    cut = tuned.chosen("triton", chain, view, direction, device, heuristic(chain, view, direction, device))
+    cut = TRITON.chosen(chain, view, direction, device, given)
     if needs is None:
         kernel, grid = module.forward_kernel, forward_grid(view, *_tile(view, cut))
         own: dict[str, Any] = {"BITS": view.bits}
@@ -172,19 +228,9 @@ def _launch(chain: Chain | Slope, view: Layout, device: torch.device, needs: tup
         "BLOCK_ROWS": grid.tile_rows,
         "BLOCK_COLS": grid.tile_cols,
         **own,
-        **_options(cut.threads, cut.resident, _early(device)),
+        **TRITON.options(cut.threads, cut.resident, _early(device)),
     }
-    return Launch(kernel[grid.axes], grid, walks, numbers, device)
-
-
-tuned.on_change(_launch.cache_clear)
-
-
-def heuristic(chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
-    """How a kernel is cut where nobody searched for this call (dualop/launch/grid.py)."""
-    reduced = direction == "backward" and any(v.reduced for v in view.views)
-    cut = (BACKWARD if reduced else SLOPE if is_slope(chain) else FORWARD)[view.dtype]
-    return TALL[view.dtype].fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
+    return Launch(kernel[grid.axes], view, grid, walks, numbers, device)
 
 
 def _tile(view: Layout, cut: Cut) -> tuple[int, int]:
@@ -192,10 +238,6 @@ def _tile(view: Layout, cut: Cut) -> tuple[int, int]:
     wide = 16 // view.dtype.itemsize
     columns = min(power_of_two(view.cols), cut.across * wide)
     return cut.rows * cut.threads * wide // columns, columns
-
-
-def _readable(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    return [view.readable(i, t, device) for i, t in enumerate(tensors)]
 
 
 def _mask(view: Layout, grid: Grid) -> int:
@@ -216,9 +258,9 @@ def _sum(partial: Tensor, out: Tensor, shape: tuple[int, int, int, int], device:
     blocks = {"BLOCK_TERMS": block_terms, "BLOCK_OUT": block_out}
     early = _early(device)
     sizes = {"COLUMNS": kept == inner == 1, "EARLY": early, **blocks}
-    with _on(device):
+    with TRITON.on(device):
         arguments, grid = (partial, out, outer, kept, inner, columns), (-(-kept * columns // block_out),)
-        compiled = sum_kernel[grid](*arguments, **sizes, **_options(128, early=early))
+        compiled = sum_kernel[grid](*arguments, **sizes, **TRITON.options(128, early=early))
     launched(compiled, grid, arguments, sizes)
 
 
@@ -242,24 +284,6 @@ def _shared(device: torch.device) -> int:
 def _early(device: torch.device) -> bool:
     """Whether the GPU launches a kernel while the one before still runs, as `launch` in cuda/device.cuh does."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _options(threads: int, resident: int = 1, early: bool = False) -> dict[str, Any]:
-    if INTERPRET:
-        return {}
-    limit = {"maxnreg": 65536 // (256 * resident)} if resident > 1 else {}
-    dependent = {"launch_pdl": True} if early else {}
-    return {"num_warps": threads // 32, **limit, **dependent, **OPTIONS}
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device; its interpreter computes with NumPy, which would warn of every NaN."""
-    if INTERPRET:
-        import numpy as np
-
-        return np.errstate(all="ignore")
-    away = device.type == "cuda" and torch.cuda.current_device() != device.index
-    return torch.cuda.device(device) if away else nullcontext()
 
 
 @lru_cache(maxsize=1)

@@ -31,6 +31,7 @@ def bench(
     """Time a chain beside a device copy, torch eager and torch.compile, and check the results before timing."""
     device = options.device()
     import dualop
+    from dualop.backends.registry import BACKENDS, prepare
     from dualop.bench import linear95, measure, table, workloads
     from dualop.bench import suite as suites
 
@@ -59,10 +60,10 @@ def bench(
     rows: list[measure.Row] = []
     compiled = not no_compile
     if parts:
-        names = [name for name in names if name != "reference" or backend != "all"]
+        names = [name for name in names if not BACKENDS[name].torch_formulas or backend != "all"]
         todo = suites.works(parts, dtypes, device)
         with output.bars(out) as bar:
-            suites.prepare(todo, names, bar("compiling"))
+            prepare(names, [work.planned for work in todo], bar("compiling"))
         with output.steps(out, suites.steps(len(todo), len(names))) as progress:
             rows = suites.run(todo, names, seed, progress)
         out.print(suites.render(rows))

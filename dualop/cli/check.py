@@ -22,6 +22,8 @@ def check(
     import secrets
 
     import dualop
+    from dualop.backends.base import Planned
+    from dualop.backends.registry import prepare
     from dualop.numerics import cases, check_table
     from dualop.numerics import check as checks
 
@@ -37,8 +39,7 @@ def check(
     out.print(f"{len(samples)} calls of {', '.join(names)} {where}, seed {seed}; new kernels are compiled first")
     rows: list[checks.Row] = []
     with output.bars(out) as bar:
-        if "cuda" in names:
-            output.prepare([(op, s.x, s.operands) for op, s in samples], bar("compiling"))
+        prepare(names, [Planned.of(op, s.x, s.operands) for op, s in samples], bar("compiling"))
         step = bar("checking")
         for i, (op, s) in enumerate(samples):
             rows += checks.cross_check(op, s, names)

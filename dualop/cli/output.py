@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,6 @@ def console() -> Console:
 def say_unavailable(out: Console, unavailable: dict[str, list[str]]) -> None:
     for name, reasons in unavailable.items():
         out.print(f"{name} does not run here and is left out: {'; '.join(reasons)}", style="yellow", markup=False)
-
-
-def prepare(calls: Sequence[Any], step: Callable[[int, int], None]) -> None:
-    """Build the CUDA libraries of calls (chain, x, operands), in parallel."""
-    from dualop.backends.cuda import prepare as build
-    from dualop.errors import BuildError
-
-    with contextlib.suppress(BuildError):  # the call that needs this library builds again and reports it in its own row
-        build(calls, progress=step)
 
 
 @contextlib.contextmanager

@@ -35,15 +35,17 @@ def tune(
     asked = os.environ.get("DUALOP_INTERPRET", "") not in ("", "0")  # options.device() sets it where there is no GPU
     device = options.device()
     import dualop
+    from dualop.backends import registry
     from dualop.bench import tuning, tuning_table, workloads
     from dualop.errors import BackendUnavailable
-    from dualop.launch import tuned
+    from dualop.launch import tuning as launches
 
     if device.type == "cpu" and not asked:
         raise BackendUnavailable(NO_GPU)
     out = output.console()
     if forget:
-        files = tuned.forget(device)
+        files = launches.forget(device)
+        registry.forget_launches()
         out.print("\n".join(f"deleted {file}" for file in files) or "nothing was kept", markup=False, highlight=False)
         return
     if operand not in workloads.FORMS:
@@ -53,12 +55,14 @@ def tune(
         raise typer.BadParameter(f"{direction!r} is none of {', '.join(both)}, both", param_hint="--direction")
     op = dualop.chain(chain)
     names, _ = options.backends(backend, op, device)
-    if other := [name for name in names if name not in tuning.HEURISTICS]:
-        raise typer.BadParameter(f"{other[0]} has no launches to choose", param_hint="--backend")
     default = "16384x8192" if device.type == "cuda" else "8x64"
     shapes, dtypes = [workloads.parse_shape(text) for text in (shape or default).split(",")], options.dtypes(dtype)
     works = [workloads.Workload(op, size, name, device, (operand,)) for size in shapes for name in dtypes]
     directions = both if direction == "both" else (direction,)
+    view = works[0].layout
+    for name in names:
+        if registry.BACKENDS[name].heuristic(op, view, workloads.FORWARD, device) is None:
+            raise typer.BadParameter(f"{name} has no launches to choose", param_hint="--backend")
     tasks = [tuning.Task(work, name, way) for work in works for name in names for way in directions]
     if device.type == "cpu":
         out.print("Interpreted kernels: these times say nothing about a GPU.", style="yellow")
@@ -66,8 +70,8 @@ def tune(
         tuning.prepare(tasks, bar("compiling"))
         rows = tuning.run(tasks, seed, not dry_run, bar)
     out.print(tuning_table.render(rows))
-    file, launches = tuned.kept(device)
-    said = "nothing was kept" if dry_run else f"{file} holds {launches} launches"
+    file, count = launches.kept(device)
+    said = "nothing was kept" if dry_run else f"{file} holds {count} launches"
     out.print(said, markup=False, highlight=False)
     output.write(json_file, tuning.as_json(rows, device))
     if not all(row.ok for row in rows):

@@ -41,10 +41,11 @@ def verify(
     """
     device = options.device()
     import dualop
+    from dualop.backends.registry import prepare
     from dualop.bench.table import device_info
     from dualop.language.stages import STAGES
     from dualop.numerics import sweep, verify_table
-    from dualop.numerics.verify import Row, prepare
+    from dualop.numerics.verify import Row
     from dualop.numerics.verify import verify as verified
 
     texts = [*(chain or []), *(stage.example for stage in STAGES.values() if all_stages)]
@@ -66,10 +67,7 @@ def verify(
     rows: list[Row] = []
     start = time.monotonic()
     with output.bars(out) as bar:
-        if "cuda" in names:
-            output.prepare(sweep.calls(chains, dtypes, device), bar("compiling"))
-        if "triton" in names:
-            prepare(chains, dtypes, device, bar("compiling for triton"))
+        prepare(names, sweep.calls(chains, dtypes, device), bar("compiling"))
         for i, op in enumerate(chains, 1):
             step = bar(f"{i} of {len(chains)}: {op}")
             own = {name: number for name, number in numbers.items() if name in op.operands}

@@ -33,7 +33,8 @@ from dualop.op.callable import chain as make_chain
 DEFAULT_MODEL, DEFAULT_BATCH = "linear:8192x8192", 1024  # with the default chain: KernelBench level 2, problem 95
 
 Shape = tuple[int, ...]
-BACKENDS = {"cuda": emit_cuda.emitted, "triton": emit_triton.emitted}
+# The kernel languages that a file can be written in, by their backends: what a reader calls them, and who writes it.
+LANGUAGES = {"cuda": ("CUDA", emit_cuda.emitted), "triton": ("Triton", emit_triton.emitted)}
 
 _HEAD = '''"""@WHAT@: forward and backward in @LANGUAGE@ kernels, as a single file.
 
@@ -128,8 +129,8 @@ def emit(
     ChainError, ShapeError, OperandError, BackendUnavailable.
     """
     op, given = make_chain(chain), dict(shapes or {})
-    if backend not in BACKENDS:
-        raise BackendUnavailable(f"no file can be emitted for backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if backend not in LANGUAGES:
+        raise BackendUnavailable(f"no file can be emitted for backend {backend!r}; there are {', '.join(LANGUAGES)}")
     spec = _model(model, linear, bias, batch)
     if unknown := given.keys() - set(op.operands):
         raise OperandError(f"`{op}` has no operand {', '.join(sorted(unknown))}; it takes {', '.join(op.operands)}")
@@ -157,9 +158,10 @@ def emit(
     command += [] if bias or not spec.linear else ["--no-bias"]
     command += ["--linear", linear] if spec.linear and linear != "matmul" else []
     command += [word for n, s in given.items() for word in ("--operand", f"{n}={shape_text(s)}")]
+    language, written = LANGUAGES[backend]
     filled = {
         "@WHAT@": f"{op}{' behind a Linear' if spec.linear else ''}",
-        "@LANGUAGE@": {"cuda": "CUDA", "triton": "Triton"}[backend],
+        "@LANGUAGE@": language,
         "@VERSION@": dualop.__version__,
         "@COMMAND@": shlex.join(command),
         "@CHAIN@": str(tail),
@@ -168,7 +170,7 @@ def emit(
         **_constructor(op, spec, every),
         **_inputs(op, spec, every, batch),
     }
-    text = _HEAD + BACKENDS[backend](tail, plan) + _TAIL
+    text = _HEAD + written(tail, plan) + _TAIL
     for mark, value in filled.items():
         text = text.replace(mark, value)
     return text

@@ -34,7 +34,6 @@ VARIABLES = (
     *("DUALOP_BACKEND", "DUALOP_INTERPRET", "DUALOP_CACHE_DIR", "DUALOP_NATIVE", "DUALOP_GEMM"),
     *("DUALOP_VERBOSE", "DUALOP_TRITON36"),
 )
-BACKEND_NAMES = ("auto", "cuda", "triton", "reference")
 SWITCHES = ("DUALOP_INTERPRET", "DUALOP_NATIVE", "DUALOP_VERBOSE")
 
 # The first CUDA toolkit whose nvcc knows the architecture, by the major number of the compute capability.
@@ -92,7 +91,7 @@ def examine() -> Report:
             *_guarded("tools", lambda: _tool_rows(tools, facts)),
             *cache,
             *_guarded("launches", lambda: _launch_rows(facts)),
-            *_guarded("environment", _environment_rows),
+            *_guarded("environment", lambda: _environment_rows(facts)),
             *_guarded("backends", lambda: _backend_rows(facts)),
             *_guarded("native", lambda: _native_rows(facts)),
         )
@@ -281,7 +280,8 @@ def _launch_rows(facts: dict[str, Any]) -> Iterator[Row]:
     yield Row("launches", f"{count} found by `dualop tune`, {file}" if count else "by the heuristic")
 
 
-def _environment_rows() -> Iterator[Row]:
+def _environment_rows(facts: dict[str, Any]) -> Iterator[Row]:
+    names = () if _error(facts, "backends") else ("auto", *facts["backends"])
     mine = {name: value for name, value in sorted(os.environ.items()) if name.startswith("DUALOP_")}
     if not mine:
         yield Row("environment", "no DUALOP_* variable is set")
@@ -289,8 +289,8 @@ def _environment_rows() -> Iterator[Row]:
         advice = ""
         if name not in VARIABLES:
             advice = f"dualop reads no such variable; it reads {', '.join(VARIABLES)}"
-        elif name == "DUALOP_BACKEND" and value not in ("", *BACKEND_NAMES):
-            advice = f"not a backend: use one of {', '.join(BACKEND_NAMES)}"
+        elif name == "DUALOP_BACKEND" and names and value not in ("", *names):
+            advice = f"not a backend: use one of {', '.join(names)}"
         elif name in SWITCHES and value not in ("", "0", "1"):
             advice = "use 1 or 0"
         yield Row(name, value, advice)

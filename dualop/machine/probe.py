@@ -115,9 +115,9 @@ def _backends() -> dict[str, Any]:
 def _tuned() -> dict[str, Any]:
     import torch
 
-    from dualop.launch import tuned
+    from dualop.launch import tuning
 
-    file, launches = tuned.kept(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    file, launches = tuning.kept(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     return {"file": str(file), "launches": launches}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dualop.backends.base import Planned
 from dualop.language.syntax import Chain
 from dualop.numerics.cases import DTYPES
 
@@ -71,12 +72,13 @@ def bits_text(value: Tensor) -> str:
     return f"0x{value.view(INTEGERS[size]).item() % 2**size:0{size // 4}x}"
 
 
-def calls(
-    chains: Iterable[Chain], dtypes: Iterable[str], device: torch.device
-) -> list[tuple[Chain, Tensor, list[Tensor]]]:
-    """Return one call of each chain and dtype, shaped as the sweep's: these have to be compiled for it."""
+def calls(chains: Iterable[Chain], dtypes: Iterable[str], device: torch.device) -> list[Planned]:
+    """Return a call for each chain and dtype that a sweep takes, shaped as its own, without operands' gradients."""
     made = []
-    for dtype in dtypes:
-        x = torch.zeros(8, COLUMNS, dtype=DTYPES[dtype], device=device)
-        made += [(chain, x, [x[0]] * len(chain.operands)) for chain in chains]
+    for chain in chains:
+        sweep = Sweep(device, 1, len(chain.calls))
+        needs = (True, *[False] * len(chain.operands))
+        for dtype in (d for d in dtypes if d in BITS):
+            x, vector = (torch.empty(s, dtype=DTYPES[dtype], device="meta") for s in (sweep.shape(dtype), (COLUMNS,)))
+            made.append(Planned(chain, (x, *[vector] * len(chain.operands)), device, needs))
     return made

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dualop.backends.reference import evaluate
+from dualop.backends.registry import BACKENDS
 from dualop.language.syntax import Chain
 from dualop.numerics.cases import SPECIAL, Sample
 
@@ -42,13 +43,12 @@ TOLERANCE = {
 }
 # torch's gradient of hardsigmoid in float64 multiplies by 1/6 rounded to float32, which is 2^27 ulps from 1/6.
 INEXACT_IN_FLOAT64 = {"hardsigmoid": Tolerance(2.0**29)}
-# The reference backend has torch's formulas, which cancel likewise in float32; rounding to 16 bits hides most of it.
+# Of backends that have torch's formulas, which cancel likewise in float32; rounding to 16 bits hides most of it.
 CANCELLING = {
-    "reference": {
-        torch.float32: TOLERANCE[torch.float64],
-        torch.float16: (Tolerance(1, 2.0**-9), Tolerance(1, 2.0**-7)),
-        torch.bfloat16: (Tolerance(1, 2.0**-12), Tolerance(1, 2.0**-10)),
-    }
+    torch.float32: TOLERANCE[torch.float64],
+    torch.float16: (Tolerance(1, 2.0**-9), Tolerance(1, 2.0**-7)),
+    torch.bfloat16: (Tolerance(1, 2.0**-12), Tolerance(1, 2.0**-10)),
+    torch.float64: TOLERANCE[torch.float64],
 }
 
 
@@ -81,8 +81,9 @@ class Truth:
     def tolerance(self, name: str, backend: str, dtype: torch.dtype, computed: torch.dtype) -> Tensor:
         """Return the ulps of `dtype` that `backend` may be off, with kernels as accurate as `computed` needs."""
         ulp = {d: torch.finfo(d).eps for d in TOLERANCE}
+        cancels = backend in BACKENDS and BACKENDS[backend].torch_formulas
         coarse = max(dtype, computed, key=ulp.__getitem__)
-        result, gradient = CANCELLING.get(backend, {}).get(coarse, TOLERANCE[coarse])
+        result, gradient = (CANCELLING if cancels else TOLERANCE)[coarse]
         if coarse == torch.float64:
             gradient = self.inexact or gradient
         allowed = result if name == "y" else gradient

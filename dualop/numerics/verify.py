@@ -15,7 +15,6 @@ Operands are numbers here, by default those of REPRESENTATIVE. The default chain
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from dualop.backends.reference import evaluate
 from dualop.backends.registry import BACKENDS
-from dualop.build import pool
 from dualop.errors import DtypeError, OperandError
 from dualop.numerics.cases import DTYPES
 from dualop.numerics.check import ulps
@@ -40,9 +38,7 @@ ORDINARY = 100.0
 # Float32 arithmetic rounded once to 16 bits ends a few thousandths of an ulp beyond one half, in eager and here. Such a
 # difference decides nothing.
 EAGER_SLACK = 0.01
-MOST_PROCESSES = 12  # for compiling Triton kernels: each has a CUDA context and a piece of the inputs
 NEAR = 2.0**-21  # four float32 ulps: what the arithmetic before a jump may be off by
-UNJUDGED = ("reference",)  # torch's own formulas in float32: shown, and no worse than eager by construction
 
 # By the stage that takes the operand first. 0 leaves x as it is; the others are numbers of every dtype, with which
 # products and quotients have to be rounded.
@@ -108,7 +104,7 @@ class Row:
     @property
     def excuse(self) -> str:
         """Return why the error may be as large as it is, or an empty text."""
-        if self.backend in UNJUDGED:
+        if self.backend in BACKENDS and BACKENDS[self.backend].torch_formulas:  # no worse than eager
             return "torch's formulas, not judged"
         excuse = EXCUSES.get((self.chain, self.dtype, self.quantity))
         return excuse.why if excuse and self.max_ulp <= excuse.ulp else ""
@@ -146,20 +142,6 @@ def verify(
 
     scales = _scales(chain, sweep, numbers, step)
     return [row for dtype in dtypes for row in _rows(chain, dtype, backends, sweep, numbers, scales, step)]
-
-
-def prepare(chains: Sequence[Chain], dtypes: Sequence[str], device: torch.device, progress: Progress) -> None:
-    """Let Triton compile in parallel what `verify` will launch on a GPU; Triton keeps the result on disk."""
-    if device.type == "cuda":
-        sweeps = [(chain, Sweep(device, 1, len(chain.calls))) for chain in chains]
-        tasks = [(chain, dtype, sweep.shape(dtype), device) for chain, sweep in sweeps for dtype in dtypes]
-        pool.each(_once, tasks, MOST_PROCESSES, progress)
-
-
-def _once(chain: Chain, dtype: str, shape: tuple[int, int], device: torch.device) -> None:
-    with contextlib.suppress(Exception):  # `verify` reports the error
-        x = torch.zeros(shape, dtype=DTYPES[dtype], device=device)
-        _differentiated(partial(chain, backend="triton"), x, _operands(_numbers(chain, {}), dtype, device))
 
 
 def _numbers(chain: Chain, given: Mapping[str, float]) -> dict[str, float]:
@@ -246,8 +228,8 @@ def _differentiated(function: Callable[..., Tensor], x: Tensor, operands: Sequen
 
 
 def _lost(row: Row, x: Tensor) -> Tensor | None:
-    """Return the inputs that do not reach the kernel: Triton's interpreter makes most bfloat16 subnormals zero."""
-    if not row.interpreted or (row.backend, row.dtype) != ("triton", "bfloat16"):
+    """Inputs that do not reach the kernel: an interpreter may make zeros of most subnormals."""
+    if row.backend not in BACKENDS or x.dtype not in BACKENDS[row.backend].flushed:
         return None
     return (x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)
 

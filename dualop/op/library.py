@@ -52,8 +52,9 @@ def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -
     tensors = (x, *operands)
     if eager.unwatched(tensors):
         device, asked = checked(tensors, chain.operands), registry.requested(backend)
-        chosen = registry.resolve(asked, chain, device).name
-        calls, arguments = replay.calls(chain.text, asked, chosen, apply), (chain.text, chosen)
+        chosen = registry.resolve(asked, chain, device)
+        calls = replay.calls(chain.text, asked, chosen.name, apply) if chosen.replays else None
+        arguments = (chain.text, chosen.name)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return apply(calls, arguments, *tensors)
         return eager.forward(calls, arguments, tensors)

@@ -33,7 +33,6 @@ from torch.autograd import forward_ad
 
 from dualop import torch_private
 from dualop.build import build, locks
-from dualop.launch import tuned
 
 SOURCES = ("tensors.h", "triton.h", "call.h", "module.cpp")
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -105,7 +104,7 @@ def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any]) -
 
     They are created if needed. `apply` is that of the autograd.Function, which makes a node where a call needs one.
     """
-    if not on or backend == "reference" or not torch_private.SHORT_WAY.works:
+    if not on or not torch_private.SHORT_WAY.works:
         return None
     if not _begun:
         _begin()
@@ -126,9 +125,6 @@ def forget() -> None:
     """Forget all records, so that every call runs in Python once more: another launch may be chosen from now on."""
     for found in list(known.values()):
         found.forget()
-
-
-tuned.on_change(forget)
 
 
 def load() -> bool:

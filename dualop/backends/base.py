@@ -1,0 +1,225 @@
+"""What a backend has to say of itself, and what the two that launch kernels on a GPU share.
+
+`Backend` is the contract. The rest of dualop asks a backend through it and knows none by name, so that a new one is a
+class and a line in `registry.py`, or an entry point (CONTRIBUTING.md, "Add a backend").
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dualop.backends.functions import lacking
+from dualop.backends.mode import CPU_REASON, INTERPRET
+from dualop.language.slopes import Slope
+from dualop.language.syntax import Chain
+from dualop.launch import tuning
+from dualop.launch.grid import Cut, Grid
+from dualop.launch.layout import Layout, device_of, layout
+
+Progress = Callable[[int, int], None]
+NO_GPU = "no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels on CPU tensors"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A call whose kernels are to be compiled ahead.
+
+    `tensors` are x and the operands. Only shapes, strides and dtypes count, so meta tensors do; `device` is where the
+    call will run. `needs` says which of their gradients it will ask for (None: all), `directions` which kernels it
+    launches, and `cuts` how some of them are cut, in place of what the backend would choose.
+    """
+
+    chain: Chain
+    tensors: tuple[Tensor, ...]
+    device: torch.device
+    needs: tuple[bool, ...] | None = None
+    directions: tuple[str, ...] = ("forward", "backward")
+    cuts: tuple[tuple[str, Cut], ...] = ()
+
+    @classmethod
+    def of(cls, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Planned:
+        """A call with these tensors, where they are."""
+        return cls(chain, (x, *operands), device_of(x, operands))
+
+
+class Backend(ABC):
+    """Runs a chain forward and backward, or says why it cannot.
+
+    `forward` and `backward` get tensors that passed `layout.validate`, and only where `reasons` is empty. They write no
+    input, and write their results to memory of their own.
+    """
+
+    name: str
+    # Kernels run in an interpreter or on the host, slowly, to be tested: "auto" leaves CPU tensors to others then.
+    interpreted: bool = False
+    # It tells dualop/replay/record.py of every launch, so that C++ may make a known call again.
+    replays: bool = False
+    # It computes by torch's own formulas, which cancel in float32: `check` allows for it, `verify` does not judge it.
+    torch_formulas: bool = False
+    # Dtypes whose subnormal inputs do not reach its kernels, so that `verify` leaves them out.
+    flushed: frozenset[torch.dtype] = frozenset()
+
+    @abstractmethod
+    def environment(self) -> list[str]:
+        """Return what this machine lacks for it, each with its remedy; empty if it runs here."""
+
+    @abstractmethod
+    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
+        """Return what keeps it from running this chain on this device; empty if it runs."""
+
+    @abstractmethod
+    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        """Return the result, in the layout's memory format."""
+
+    @abstractmethod
+    def backward(
+        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """Return the gradients of those of (x, *operands) that `needs` asks for, in order, each like its tensor."""
+
+    @abstractmethod
+    def source(self, chain: Chain) -> str:
+        """Return the text that is compiled for a contiguous float32 x and one feature vector an operand."""
+
+    def heuristic(self, chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut | None:
+        """Return how a kernel is cut where nobody searched for this call; None if there is nothing to choose.
+
+        A backend that returns a Cut has `forward` and `backward` take another one as `cut=`.
+        """
+        return None
+
+    def candidates(self, view: Layout, direction: str, present: Cut) -> list[Cut]:
+        """Return the cuts that `dualop tune` tries, `present` first."""
+        return [present]
+
+    def prepare(  # noqa: B027
+        self, calls: Iterable[Planned], progress: Progress = lambda done, total: None
+    ) -> None:
+        """Compile what these calls need, in parallel; without it, each call compiles its own.
+
+        `progress(done, total)` is called after each. May raise the first compiler's error after all have ended; the
+        call meets it again.
+        """
+
+    def forget(self) -> None:  # noqa: B027
+        """Forget which launches were chosen: others may have been kept since."""
+
+
+class Launch(Protocol):
+    """A kernel's launch, all but the addresses."""
+
+    @property
+    def grid(self) -> Grid:
+        """How the layout is cut."""
+
+    def forward(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Write y."""
+
+    def backward(
+        self,
+        gy: Tensor,
+        inputs: Sequence[Tensor],
+        partials: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Write the gradients, those that have partial sums by way of these."""
+
+
+class GpuBackend(Backend):
+    """Launches one kernel forward and one backward, of a kernel language that functions.py knows by `name`.
+
+    With DUALOP_INTERPRET=1 the same kernels run on CPU tensors.
+    """
+
+    interpreted = INTERPRET
+    replays = True
+    space: tuning.Space  # of the cuts worth trying
+
+    @abstractmethod
+    def missing(self, host: bool) -> list[str]:
+        """Return the tools that this machine lacks, each with its remedy; `host`: to run kernels on CPU tensors."""
+
+    @abstractmethod
+    def launch(
+        self,
+        chain: Chain | Slope,
+        view: Layout,
+        device: torch.device,
+        needs: tuple[bool, ...] | None,
+        cut: Cut | None,
+        tensors: Sequence[Tensor],
+    ) -> Launch:
+        """Return the launch of the forward kernel (`needs` is None) or of the backward kernel with these gradients.
+
+        `tensors` are what it reads and writes in full: y or gy, then x and the operands.
+        """
+
+    def environment(self) -> list[str]:
+        if not INTERPRET and not torch.cuda.is_available():
+            return [NO_GPU, *self.missing(False)]
+        return list(self.missing(INTERPRET))
+
+    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
+        if device.type == "cpu" and not INTERPRET:
+            return [CPU_REASON]
+        if device.type not in ("cpu", "cuda"):
+            return [f"has no kernels for {device.type} tensors"]
+        return [*self.missing(device.type == "cpu"), *lacking(self.name, chain)]
+
+    def candidates(self, view: Layout, direction: str, present: Cut) -> list[Cut]:
+        return tuning.candidates(self.space, view, direction, present)
+
+    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor], cut: Cut | None = None) -> Tensor:
+        device, view = device_of(x, operands), layout(x, operands)
+        y = view.output(device)
+        if view.total:
+            inputs = _readable(view, (x, *operands), device)
+            self.launch(chain, view, device, None, cut, (y, *inputs)).forward(y, inputs)
+        return y
+
+    def backward(
+        self,
+        chain: Chain | Slope,
+        gy: Tensor,
+        x: Tensor,
+        operands: Sequence[Tensor],
+        needs: Sequence[bool],
+        cut: Cut | None = None,
+    ) -> list[Tensor]:
+        tensors, device, view = (x, *operands), device_of(x, operands), layout(x, operands)
+        if not view.total:
+            return [view.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
+        inputs = _readable(view, tensors, device)
+        if gy.stride() != view.strides or gy.dtype != view.dtype:
+            gy = view.output(device).copy_(gy)
+        launch = self.launch(chain, view, device, tuple(needs), cut, (gy, *inputs))
+        grid = launch.grid
+        partials = [
+            view.partial(i, grid.row_programs, grid.col_programs, device) if need else None
+            for i, need in enumerate(needs)
+        ]
+        gradients = [
+            view.gradient(i, t, device) if need and not v.expanded else None
+            for i, (t, need, v) in enumerate(zip(tensors, needs, view.views, strict=True))
+        ]
+        launch.backward(gy, inputs, partials, gradients)
+        return view.finished(gradients, partials, tensors)
+
+    def chosen(
+        self, chain: Chain | Slope, view: Layout, direction: str, device: torch.device, cut: Cut | None = None
+    ) -> Cut:
+        """Return `cut`, else what `dualop tune` found for this call, else the heuristic's choice."""
+        if cut is not None:
+            return cut
+        default: Any = self.heuristic(chain, view, direction, device)
+        return tuning.chosen(self.name, chain, view, direction, device, default)
+
+
+def _readable(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    return [view.readable(i, t, device) for i, t in enumerate(tensors)]
