@@ -9,7 +9,7 @@ The heuristic, which knows the dtype, the shape and the number of multiprocessor
 3. `across` threads lie side by side as far as there are columns; those that are left lie along the rows.
 4. `forward_grid` has a program for each tile, `backward_grid` as many as sums of gradients want.
 
-What `dualop tune` found for a chain, dtype and shape (dualop/launch/tuned.py) takes the place of 1 and 2.
+What `dualop tune` found for a chain, dtype and shape (dualop/launch/tuning.py) takes the place of 1 and 2.
 """
 
 from __future__ import annotations
