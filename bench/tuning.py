@@ -127,7 +127,7 @@ def planned(task: Task) -> list[Planned]:
 
 
 class Fixed(Backend):
-    """A backend whose kernels are cut in a fixed way."""
+    """Run a backend with kernels that are cut in a fixed way."""
 
     def __init__(self, backend: str, cuts: Mapping[str, Cut]) -> None:
         self._of: Any = BACKENDS[backend]

@@ -35,7 +35,10 @@ def result_dtype(x: Tensor, operands: Sequence[Tensor]) -> torch.dtype:
 
 
 def reference(chain: Chain, x: Tensor, operands: Sequence[Tensor] = ()) -> Tensor:
-    """The chain in float32 (float64 if the result is float64), rounded once to the promoted dtype. Differentiable."""
+    """Return the chain's result in float32 (float64 for float64), rounded once to the promoted dtype.
+
+    It is made of torch's own functions, which are differentiable.
+    """
     dtype = result_dtype(x, operands)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     y = evaluate(chain, x.to(wide), [t.to(wide) for t in operands]).to(dtype)

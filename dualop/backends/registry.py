@@ -130,7 +130,7 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """The backend within a `with` block, in this thread (and in functions that torch.compile traces meanwhile)."""
+    """Use this backend within a `with` block, in this thread and in functions that torch.compile traces there."""
     global _traced
     _known(name, "use_backend")
     if torch.compiler.is_compiling():  # Dynamo knows no lock, and that of torch 2.11 cannot set a ContextVar
@@ -199,7 +199,7 @@ class Explanation:
 
 
 def explain(chain: Chain, x: Tensor, *operands: Tensor, backend: str | None = None, **named: Tensor) -> Explanation:
-    """Which backend `chain(x, *operands, backend=backend)` would run on, and why not on each other one.
+    """Return which backend `chain(x, *operands, backend=backend)` would use, and why not each other one.
 
     Raises what the call itself would raise for its tensors, but not BackendUnavailable.
     """

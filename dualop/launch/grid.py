@@ -9,7 +9,7 @@ The heuristic, which knows the dtype, the shape and the number of multiprocessor
 3. `across` threads lie side by side as far as there are columns; the remaining threads lie along the rows.
 4. `forward_grid` has a program for each tile, `backward_grid` as many programs as suit the sums of gradients.
 
-A result of `dualop tune` for a chain, dtype and shape (dualop/launch/tuned.py) replaces 1 and 2.
+A result of `dualop tune` for a chain, dtype and shape (dualop/launch/tuning.py) replaces 1 and 2.
 """
 
 from __future__ import annotations
