@@ -28,7 +28,7 @@ from torch.utils import cpp_extension
 import dualop
 from dualop.backends import cuda, triton
 from dualop.backends.registry import BACKENDS as BACKENDS_OF_LIBRARY
-from dualop.build import Build
+from dualop.build.build import Build
 from dualop.build.sources import cuda_header
 from dualop.emit.file import emit
 from dualop.launch.layout import ROW, WRAP, layout

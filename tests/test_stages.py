@@ -580,7 +580,7 @@ def test_all_operand_stages_with_numbers_and_with_x(backend: str) -> None:
 
 
 def kernel_names() -> list[str]:
-    """What the table of dualop/language/stages.py asks of a kernel language, in its order."""
+    """What the table of dualop/language/table.py asks of a kernel language, in its order."""
     names: list[str] = []
     for stage in STAGES.values():
         calls = [c for p in stage.parameters for w in p.words if (c := dualop.chain(f'{stage.name}("{w}")').calls[0])]

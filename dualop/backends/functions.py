@@ -20,7 +20,7 @@ class Language(NamedTuple):
     """
 
     folder: str
-    index: str
+    listing: str
     listed: str
     begin: str
     parts: tuple[str, ...]
@@ -51,7 +51,7 @@ def stage_texts(language: str) -> dict[str, str]:
     """The files that hold a language's stages, by their paths in its folder, in order."""
     one = LANGUAGES[language]
     root = folder(one.folder)
-    names = re.findall(one.listed, (root / one.index).read_text("utf-8"), re.MULTILINE)
+    names = re.findall(one.listed, (root / one.listing).read_text("utf-8"), re.MULTILINE)
     paths = [name if name.endswith(".cuh") else f"stages/{name}.py" for name in names]
     return {path: (root / path).read_text("utf-8") for path in paths}
 
