@@ -12,7 +12,7 @@ from .generate import _HEAD, Step, _inner, _kernels, _literal, _taken
 
 
 def generate(title: str, steps: Sequence[Step], curved: Collection[str], kinds: Sequence[int]) -> str:
-    """The file's text. `curved`: the functions with a second derivative; `kinds` (dualop/launch/layout.py): of x, gy."""
+    """The file's text. `curved`: functions with a second derivative; `kinds` (dualop/launch/layout.py): of x, gy."""
     head = _HEAD.format(title=title, package=__name__.rpartition(".")[0])
     _, backward = _kernels(kinds)
     return "\n\n\n".join(part.strip("\n") for part in (head, _chain(steps, curved), backward)) + "\n"
