@@ -94,6 +94,12 @@ template <int bits, class T> DUALOP_FUN T sigmoid_slope(T z) {
     }
 }
 
+// sigmoid's second derivative, (1 - 2 sigmoid) sigmoid': with e = exp(-|z|) nothing overflows.
+template <int bits, class T> DUALOP_FUN T sigmoid_second(T z) {
+    const T e = exp_neg<bits>(::fabs(z)), r = rcp_1p<bits>(e), bent = (e * r * r) * ((T(1) - e) * r);
+    return z < T(0) ? bent : -bent;
+}
+
 // The factor T of tanh(z) = z - z^3 T as a minimax polynomial in u = z^2 for |z| < 1.2.
 template <int bits> DUALOP_FUN float tanhshrink_series(float u) {
     if constexpr (lean<bits>)

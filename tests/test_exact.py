@@ -79,6 +79,12 @@ DEFINED = {
     DEFAULT_CHAIN.removeprefix("add | "): lambda z: gelu(mp.tanh(z * sigmoid(z))),
     "softplus | tanh": lambda z: mp.tanh(softplus(z)),
 }
+# Those whose torch function bears mpmath's name need no line of their own.
+DEFINED |= {
+    stage.example: getattr(mp, stage.name)
+    for stage in STAGES.values()
+    if stage.example == stage.name not in DEFINED and callable(getattr(mp, stage.name, None))
+}
 # Those that only choose, or add, or multiply once: float64 has nothing to lose there.
 PLAIN = ("clamp", "relu", "hardtanh", "relu6", "threshold", "hardshrink", "softshrink", "abs", "neg")
 

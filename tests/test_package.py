@@ -92,12 +92,13 @@ def venv(wheel, tmp_path_factory) -> Path:
 
 def test_what_the_wheel_holds(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"dualop/{path.relative_to(ROOT)}" for path in (ROOT / "cuda").glob("*.cuh")}
+    expected = {f"dualop/{path.relative_to(ROOT)}" for path in (ROOT / "cuda").rglob("*.cuh")}
     for folder in ("triton_kernels", "bench"):
-        expected |= {f"dualop/{path.relative_to(ROOT)}" for path in (ROOT / folder).glob("*.py")}
+        expected |= {f"dualop/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
     for pattern in ("*.py", "*.h", "*.cpp"):
         expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "dualop").rglob(pattern)}
-    assert {"dualop/cuda/stages.cuh", "dualop/triton_kernels/stages.py", "dualop/bench/timing.py"} < expected
+    kernels = {"dualop/cuda/stages.cuh", "dualop/cuda/stages/smooth.cuh", "dualop/triton_kernels/stages/smooth.py"}
+    assert {*kernels, "dualop/bench/timing.py"} < expected
     assert {"dualop/replay/module.cpp", "dualop/replay/call.h"} < expected
     assert expected <= names
     assert not [name for name in names if "torch_contract" in name or "capabilities" in name or "/test_" in name]
@@ -120,8 +121,9 @@ def test_what_the_source_distribution_holds(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {str(path.relative_to(ROOT)) for path in (ROOT / "cuda").glob("*.cuh")} <= names
-    assert {"LICENSE", "README.md", "bench/timing.py", "triton_kernels/stages.py", "dualop/replay/call.h"} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "cuda").rglob("*.cuh")} <= names
+    assert {"LICENSE", "README.md", "bench/timing.py", "dualop/replay/call.h"} <= names
+    assert {"triton_kernels/stages/smooth.py", "cuda/stages/smooth.cuh"} <= names
 
 
 def test_the_installed_command(venv, tmp_path):

@@ -18,6 +18,7 @@ from dualop.backends.reference import evaluate, reference_gradients
 from dualop.backends.registry import BACKENDS
 from dualop.errors import BackendUnavailable, ChainError
 from dualop.language.entry import PIECEWISE_LINEAR, Parameter, Stage
+from dualop.language.ranges import EVERYTHING
 from dualop.language.slopes import Slope, parse, slope
 from dualop.language.stages import STAGES
 from dualop.language.syntax import Chain
@@ -152,7 +153,7 @@ WAVE: dict[str, Any] = {
 
 def add_stage(patch: pytest.MonkeyPatch, **more: Any) -> None:
     """A stage of the table that no kernel language knows; each test names its own, since parsed chains are kept."""
-    entry = Stage(**{**WAVE, "second": lambda z: -z.sin(), **more})
+    entry = Stage(**{**WAVE, "range": EVERYTHING, "second": lambda z: -z.sin(), **more})
     patch.setitem(STAGES, entry.name, entry)
 
 
@@ -163,9 +164,35 @@ def twice(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("says", [{}, {"second": None}, {"second": 0}, {"second": "zero"}], ids=str)
 def test_a_stage_that_says_nothing_of_its_second_derivative_is_refused(says: dict[str, Any]) -> None:
+    known = {**WAVE, "range": EVERYTHING}
     with pytest.raises(ChainError, match=r"'wave'.* second"):
-        Stage(**WAVE, **says)
-    assert not Stage(**WAVE, second=PIECEWISE_LINEAR).curved and Stage(**WAVE, second=torch.sin).curved
+        Stage(**known, **says)
+    assert not Stage(**known, second=PIECEWISE_LINEAR).curved and Stage(**known, second=torch.sin).curved
+
+
+@pytest.mark.parametrize(
+    ("says", "what"),
+    [
+        ({}, "range"),
+        ({"range": None}, "range"),
+        ({"range": 1.0}, "range"),
+        ({"range": (1.0, -1.0)}, "range"),
+        ({"range": EVERYTHING, "reference": None}, "reference"),
+        ({"range": EVERYTHING, "gradient": None}, "gradient"),
+        ({"range": EVERYTHING, "exact": None}, "float64"),
+        ({"range": EVERYTHING, "operand": True}, "number="),
+        ({"range": EVERYTHING, "number": 1.0}, "no number="),
+    ],
+    ids=str,
+)
+def test_a_stage_that_leaves_out_a_fact_is_refused(says: dict[str, Any], what: str) -> None:
+    with pytest.raises(ChainError, match=f"'wave'.* {what}"):
+        Stage(**{**WAVE, "second": PIECEWISE_LINEAR, **says})
+
+
+def test_a_stage_without_its_reference_is_refused() -> None:
+    with pytest.raises(TypeError, match="reference"):
+        Stage(**{k: v for k, v in WAVE.items() if k != "reference"}, second=PIECEWISE_LINEAR, range=EVERYTHING)
 
 
 def test_a_new_stage_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +208,8 @@ def test_a_new_stage_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_stage_without_kernels_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     add_stage(monkeypatch)
-    file = {"cuda": "cuda/stages.cuh", "triton": "triton_kernels/stages.py"}[name]
-    with pytest.raises(BackendUnavailable, match=f"{file} has no function wave.*can: reference"):
+    where = {"cuda": "cuda/stages/", "triton": "triton_kernels/stages/"}[name]
+    with pytest.raises(BackendUnavailable, match=f"{where} has no function wave.*can: reference"):
         dualop.chain("wave")(torch.ones(3), backend=name)
 
 
@@ -194,8 +221,11 @@ def test_a_second_derivative_that_the_kernels_lack_is_named(name: str, monkeypat
     op, x = dualop.chain(f"six_{name}"), torch.linspace(-2, 2, 7, requires_grad=True)
     (g,) = torch.autograd.grad(op(x, backend=name).sum(), x, create_graph=True)
     torch.testing.assert_close(g, torch.full_like(g, 1 / 6))
-    file = {"cuda": "cuda/second.cuh", "triton": "triton_kernels/second.py"}[name]
-    with pytest.raises(BackendUnavailable, match=f"{file} has no function hardsigmoid"):
+    lacks = {
+        "cuda": "cuda/stages/ has no function hardsigmoid::second",
+        "triton": "triton_kernels/stages/ has no function hardsigmoid_second",
+    }
+    with pytest.raises(BackendUnavailable, match=lacks[name]):
         torch.autograd.grad(g.sum(), x)
 
 
@@ -210,6 +240,7 @@ def test_an_operand_stage_with_a_second_derivative_has_no_slope(monkeypatch: pyt
         example="hypot",
         parameters=(Parameter("operand", "hypot"),),
         operand=True,
+        number=1.0,
     )
     assert slope("hypot(2)") is None and slope("silu | hypot(2)") is None
     x = torch.linspace(-2, 2, 7, dtype=torch.double).requires_grad_()
@@ -240,10 +271,10 @@ def test_a_slopes_source_has_no_forward(name: str) -> None:
     text = BACKENDS[name].source(parse("slope of silu | relu"))
     assert "slope of silu | relu" in text
     if name == "triton":
-        assert "forward_kernel" not in text and "second.silu" in text
+        assert "forward_kernel" not in text and "stages.silu_second" in text
     else:
-        assert "Curved<stage::silu, second::silu>" in text and "int dualop_backward" in text
-        assert "second::" not in BACKENDS[name].source(dualop.chain("silu | relu"))
+        assert "Curved<stage::silu>" in text and "int dualop_backward" in text
+        assert "Curved<stage" not in BACKENDS[name].source(dualop.chain("silu | relu"))
 
 
 # ---- under autograd --------------------------------------------------------------------------------------------------

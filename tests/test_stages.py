@@ -21,6 +21,7 @@ from torch import Tensor
 
 import dualop
 from dualop.backends import registry
+from dualop.backends.functions import functions, stage_texts
 from dualop.build.sources import folder
 from dualop.language.program import SPECIALISED, curved
 from dualop.language.slopes import Slope
@@ -579,7 +580,7 @@ def test_all_operand_stages_with_numbers_and_with_x(backend: str) -> None:
 
 
 def kernel_names() -> list[str]:
-    """What the table of dualop/language/stages.py asks of a kernel language, in its order."""
+    """What the table of dualop/language/table.py asks of a kernel language, in its order."""
     names: list[str] = []
     for stage in STAGES.values():
         calls = [c for p in stage.parameters for w in p.words if (c := dualop.chain(f'{stage.name}("{w}")').calls[0])]
@@ -599,19 +600,18 @@ def parameters_of(name: str) -> int:
     return 0
 
 
-def cuda_stages(header: str = "stages.cuh") -> list[tuple[str, int]]:
-    """The structs of the header's first namespace, and how many numbers each takes."""
-    text = (folder("cuda") / header).read_text().partition("}  // namespace")[0]
+def cuda_stages() -> list[tuple[str, int]]:
+    """The structs of the stages' headers, and how many numbers each takes."""
+    text = "".join(stage_texts("cuda").values())
     found = re.findall(r"^(?:template <([^>]*)> )?struct (\w+)", text, re.MULTILINE)
     return [(name, len(parameters.split(",")) if parameters else 0) for parameters, name in found]
 
 
-def triton_functions(module: str = "stages.py") -> dict[str, list[str]]:
-    """Without those that take the place of a forward inside a backward, and without the module's own."""
-    tree = ast.parse((folder("triton_kernels") / module).read_text())
-    functions = [f for f in tree.body if isinstance(f, ast.FunctionDef)]
-    functions = [f for f in functions if not f.name.endswith("_inner") and not f.name.startswith("_")]
-    return {f.name: [a.arg for a in f.args.args] for f in functions}
+def triton_functions(second: bool = False) -> dict[str, list[str]]:
+    """Without those that take the place of a forward inside a backward; the second derivatives or all the others."""
+    functions = [f for text in stage_texts("triton").values() for f in ast.parse(text).body]
+    functions = [f for f in functions if isinstance(f, ast.FunctionDef) and not f.name.endswith("_inner")]
+    return {f.name: [a.arg for a in f.args.args] for f in functions if f.name.endswith("_second") == second}
 
 
 def test_the_three_tables_name_the_same_stages_in_the_same_order() -> None:
@@ -641,11 +641,26 @@ def test_the_three_tables_have_the_same_second_derivatives() -> None:
         "gelu_upper",
         "tanh_approx",
     }
-    functions = triton_functions("second.py")
-    assert list(functions) == ours
-    assert cuda_stages("second.cuh") == [(name, count) for name, count in cuda_stages() if name in ours]
-    for name, count in cuda_stages("second.cuh"):
-        assert len(functions[name]) == 2 + count, name  # z, BITS
+    seconds = triton_functions(second=True)
+    assert list(seconds) == [f"{name}_second" for name in ours]
+    assert [name for name in functions("cuda") if name.endswith("::second")] == [f"{name}::second" for name in ours]
+    for name, count in cuda_stages():
+        assert name not in ours or len(seconds[f"{name}_second"]) == 2 + count, name  # z, BITS
+
+
+def test_the_kernel_languages_have_their_stages_in_the_same_files() -> None:
+    """Each function at the same place: the file of a stage, and in it forward, backward, second derivative."""
+    cuda, triton = stage_texts("cuda"), stage_texts("triton")
+    assert [path.partition(".")[0] for path in cuda] == [path.partition(".")[0] for path in triton]
+    for mine, other in zip(cuda.values(), triton.values(), strict=True):
+        structs = re.findall(r"^(?:template <[^>]*> )?struct (\w+)", mine, re.MULTILINE)
+        names = re.findall(r"^def (\w+)\(", other, re.MULTILINE)
+        assert structs == [n for n in names if not n.endswith(("_inner", "_backward", "_second"))]
+        for name in structs:
+            mine_of_it = [n for n in names if n in {name, f"{name}_inner", f"{name}_backward", f"{name}_second"}]
+            start = names.index(name)
+            assert names[start : start + len(mine_of_it)] == mine_of_it, name
+            assert f"{name}_second" not in names or mine_of_it[-1] == f"{name}_second", name
 
 
 def curved_names() -> set[str]:

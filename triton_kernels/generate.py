@@ -7,14 +7,14 @@ and its stages have no line of their own in a profile.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 
 # A stage as the generator needs it: the function's name, the numbers compiled into it, and for an operand stage what it
 # takes: the number of an input (0 is x), or a float.
 Step = tuple[str, Sequence[float], int | float | None]
-
-# Stages whose value on the way in a backward has a function of its own.
-_INNER = {name: "_inner" for name in ("sigmoid", "tanh", "tanh_approx", "silu_tanh", "silu_tanh_approx")}
 
 _HEAD = '''"""{title}: written by dualop, do not edit."""
 
@@ -44,6 +44,19 @@ def _taken(operand: int | float, z: str) -> str:
     return f"in{operand}" if isinstance(operand, int) else f"number({z}, {_literal(operand)})"
 
 
+@lru_cache(maxsize=1)
+def _inners() -> frozenset[str]:
+    files = (Path(__file__).parent / "stages").glob("*.py")
+    return frozenset(
+        name for file in files for name in re.findall(r"^def (\w+_inner)\(", file.read_text("utf-8"), re.M)
+    )
+
+
+def _inner(name: str) -> str:
+    """The ending of the stage's function for its value on the way in a backward."""
+    return "_inner" if f"{name}_inner" in _inners() else ""
+
+
 def _chain(steps: Sequence[Step], inputs: int) -> str:
     names = [f"in{i}" for i in range(inputs)]
     forward, inner, backward = [], [], []
@@ -53,7 +66,7 @@ def _chain(steps: Sequence[Step], inputs: int) -> str:
         z = f"z{i}"
         if operand is None:
             forward.append(f"z{i + 1} = stages.{name}({z}{more}, BITS)")
-            inner.append(f"z{i + 1} = stages.{name}{_INNER.get(name, '')}({z}{more}, BITS)")
+            inner.append(f"z{i + 1} = stages.{name}{_inner(name)}({z}{more}, BITS)")
             backward.append(f"g{i} = stages.{name}_backward({z}, g{i + 1}{more}, BITS)")
         else:
             forward.append(f"z{i + 1} = stages.{name}({z}, {_taken(operand, z)}, BITS)")

@@ -127,6 +127,15 @@ def sigmoid_slope(z, BITS: tl.constexpr):
 
 
 @triton.jit
+def sigmoid_second(z, BITS: tl.constexpr):
+    """The second derivative of sigmoid: with e = exp(-|z|) nothing overflows."""
+    e = exp_neg(tl.abs(z), BITS)
+    r = rcp_1p(e, BITS)
+    bent = (e * r * r) * ((1.0 - e) * r)
+    return tl.where(z < 0, bent, -bent)
+
+
+@triton.jit
 def tanhshrink_series(u, BITS: tl.constexpr):
     if BITS <= 11:
         p = 0.0533416271 + u * (-0.0198468771 + u * (0.0056736893 + u * -0.000836071617))

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from .generate import _HEAD, _INNER, Step, _kernels, _literal, _taken
+from .generate import _HEAD, Step, _inner, _kernels, _literal, _taken
 
 
 def generate(title: str, steps: Sequence[Step], curved: Collection[str], kinds: Sequence[int]) -> str:
-    """The file's text. `curved`: the functions that `second.py` has; `kinds` (dualop/launch/layout.py): of x and gy."""
+    """The file's text. `curved`: functions with a second derivative; `kinds` (dualop/launch/layout.py): of x, gy."""
     head = _HEAD.format(title=title, package=__name__.rpartition(".")[0])
-    head = head.replace("import stages\n", "import second, stages\n")
     _, backward = _kernels(kinds)
     return "\n\n\n".join(part.strip("\n") for part in (head, _chain(steps, curved), backward)) + "\n"
 
@@ -28,11 +27,11 @@ def _chain(steps: Sequence[Step], curved: Collection[str]) -> str:
         more = "".join(f", {_literal(n)}" for n in numbers)
         taken = more if operand is None else f", {_taken(operand, f'z{i}')}"
         if i + 1 < len(steps):
-            down.append(f"z{i + 1} = stages.{name}{_INNER.get(name, '')}(z{i}{taken}, BITS)")
+            down.append(f"z{i + 1} = stages.{name}{_inner(name)}(z{i}{taken}, BITS)")
         down.append(_backward(step, i, f"t{i + 1}", f"t{i}"))
         rise = [_backward(step, i, f"h{i}", f"h{i + 1}")] if bends and i < bends[-1] else []
         if name in curved:
-            bend = f"second.{name}(z{i}{more}, BITS) * t{i} * g{i + 1}"
+            bend = f"stages.{name}_second(z{i}{more}, BITS) * t{i} * g{i + 1}"
             rise.append(f"h{i} += {bend}" if rise else f"h{i} = {bend}")
         if bends and i > bends[0]:
             rise.append(_backward(step, i, f"g{i}", f"g{i + 1}"))

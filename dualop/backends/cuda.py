@@ -88,7 +88,7 @@ def _stage(step: Step, bent: bool) -> str:
         return f"With<{function}, {taken}>"
     parameters = f"<{', '.join(map(_number, step.numbers))}>" if step.numbers else ""
     if bent:
-        return f"Curved<{function}{parameters}, second::{step.function}{parameters}>"
+        return f"Curved<{function}{parameters}>"
     return f"Only<{function}{parameters}>"
 
 

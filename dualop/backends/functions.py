@@ -13,38 +13,69 @@ from dualop.language.syntax import Chain
 
 
 class Language(NamedTuple):
-    """Where a kernel language has its functions: folder, files of stages and of second derivatives; how each begins.
+    """Where a kernel language has its stages: a folder, and the file that lists the files of `stages/` in order.
 
-    `parts` are the endings of the functions that make up a stage.
+    `begin` finds a function's name and what it takes over from another one; `parts` are the endings of the names that
+    make up a stage, `second` is that of a second derivative.
     """
 
     folder: str
-    stages: str
-    second: str
+    listing: str
+    listed: str
     begin: str
     parts: tuple[str, ...]
+    second: str
 
 
 LANGUAGES = {
-    "cuda": Language("cuda", "stages.cuh", "second.cuh", r"^(?:template <[^>]*> )?struct (\w+)", ("",)),
-    "triton": Language("triton_kernels", "stages.py", "second.py", r"^def ([a-z]\w*)\(", ("", "_backward")),
+    "cuda": Language(
+        "cuda",
+        "stages.cuh",
+        r'^#include "(stages/\w+\.cuh)"',
+        r"^(?:template <[^>]*> )?struct (\w+)(?: : (\w+))?",
+        ("",),
+        "::second",
+    ),
+    "triton": Language(
+        "triton_kernels",
+        "stages/__init__.py",
+        r"^from \.(\w+) import \*",
+        r"^def ([a-z]\w*)()\(",
+        ("", "_backward"),
+        "_second",
+    ),
 }
 
 
-@lru_cache(maxsize=None)
-def functions(language: str, second: bool = False) -> tuple[str, ...]:
-    """The kernel functions of a language in the order of its file; `second`: those with a second derivative."""
+def stage_texts(language: str) -> dict[str, str]:
+    """The files that hold a language's stages, by their paths in its folder, in order."""
     one = LANGUAGES[language]
-    text = (folder(one.folder) / (one.second if second else one.stages)).read_text(encoding="utf-8")
-    return tuple(re.findall(one.begin, text.partition("}  // namespace")[0], re.MULTILINE))
+    root = folder(one.folder)
+    names = re.findall(one.listed, (root / one.listing).read_text("utf-8"), re.MULTILINE)
+    paths = [name if name.endswith(".cuh") else f"stages/{name}.py" for name in names]
+    return {path: (root / path).read_text("utf-8") for path in paths}
+
+
+@lru_cache(maxsize=None)
+def functions(language: str) -> tuple[str, ...]:
+    """The kernel functions of a language in the order of its files; in C++ NAME::second is a function of NAME."""
+    one = LANGUAGES[language]
+    found: list[str] = []
+    for text in stage_texts(language).values():
+        begins = list(re.finditer(one.begin, text, re.MULTILINE))
+        for match, end in zip(begins, [*(m.start() for m in begins[1:]), len(text)], strict=True):
+            name, base = match.groups()
+            found.append(name)
+            if " T second(" in text[match.end() : end] or (base and f"{base}::second" in found):
+                found.append(f"{name}::second")
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)
 def lacking(language: str, chain: Chain | Slope) -> tuple[str, ...]:
-    """What keeps a language from having a kernel of the chain: each missing function, with the file it belongs into."""
-    one = LANGUAGES[language]
-    needed = [(one.stages, step.function + part, functions(language)) for step in steps(chain) for part in one.parts]
+    """What keeps a language from having a kernel of the chain: each missing function, with where it belongs."""
+    one, there = LANGUAGES[language], functions(language)
+    needed = [step.function + part for step in steps(chain) for part in one.parts]
     if is_slope(chain):
-        needed += [(one.second, name, functions(language, second=True)) for name in sorted(curved(chain))]
-    found = [f"{one.folder}/{file} has no function {name}" for file, name, there in needed if name not in there]
-    return tuple(dict.fromkeys(found))
+        needed += [name + one.second for name in sorted(curved(chain))]
+    return tuple(dict.fromkeys(f"{one.folder}/stages/ has no function {n}" for n in needed if n not in there))

@@ -13,7 +13,11 @@ from dataclasses import dataclass, field
 
 from dualop.build.sources import folder
 
-_INCLUDES = re.compile(r'^#(?:pragma once|include "\w+\.cuh")\n', re.MULTILINE)
+_INCLUDES = re.compile(r'^#(?:pragma once|include "[\w/]+\.cuh")\n', re.MULTILINE)
+# A member of a struct on one line, or up to the brace that closes it, with its comment.
+_SECOND = re.compile(
+    r"(?:^    //.*\n)*^    template .* static T second\(.*(?:\}\n|\{\n(?:.*\n)*?    \}\n)", re.MULTILINE
+)
 _NAMESPACE = re.compile(r"namespace ([\w:]+) \{")
 _NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 _QUALIFIER = re.compile(r"(\w*)::$")
@@ -74,7 +78,7 @@ def _declared(text: str) -> tuple[str, ...]:
 def trimmed(header: str, roots: str) -> str:
     """Return `cuda/HEADER` for a GPU after its includes, reduced to what the C++ text `roots` leads to."""
     headers = [(name, (folder("cuda") / name).read_text("utf-8")) for name in _order(header)]
-    parsed = [(name, text.splitlines(), list(items(_INCLUDES.sub("", text)))) for name, text in headers]
+    parsed = [(name, text.splitlines(), list(items(_once(_INCLUDES.sub("", text))))) for name, text in headers]
     every: dict[tuple[str, str], list[Item]] = {}
     for _, _, found in parsed:
         for item in found:
@@ -88,13 +92,24 @@ def trimmed(header: str, roots: str) -> str:
             new = [i for i in every.get((space, name), ()) if id(i) not in kept]
             kept.update(map(id, new))
             todo += new
-    return "\n\n".join(_section(name, found, kept) for name, _, found in parsed)
+    left = [(name, found) for name, _, found in parsed if _left(found, kept)]
+    return "\n\n".join(_section(name, found, kept) for name, found in left)
+
+
+def _once(header: str) -> str:
+    """The header without the stages' second derivatives: an emitted module is differentiated once."""
+    return _SECOND.sub("", header)
+
+
+def _left(found: Sequence[Item], kept: set[int]) -> bool:
+    """Whether a header still has something to say: a directive, a kept declaration, or it has been a comment alone."""
+    return any(i.directive or id(i) in kept for i in found) or not any(i.names for i in found)
 
 
 def _order(name: str) -> list[str]:
     """Return the header and those that it includes, each after the headers that it needs."""
     name = "device.cuh" if name == "platform.cuh" else name
-    needed = re.findall(r'^#include "(\w+\.cuh)"', (folder("cuda") / name).read_text("utf-8"), re.MULTILINE)
+    needed = re.findall(r'^#include "([\w/]+\.cuh)"', (folder("cuda") / name).read_text("utf-8"), re.MULTILINE)
     return list(dict.fromkeys([*(below for one in needed for below in _order(one)), name]))
 
 

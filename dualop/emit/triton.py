@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dualop.backends import triton
+from dualop.backends.functions import stage_texts
 from dualop.build.sources import folder
 from dualop.emit import launch as emit_launch
 from dualop.language.syntax import Chain
@@ -140,8 +141,7 @@ Key = tuple[str, str]
 
 def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
     """Return the part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`."""
-    texts = {name: (folder("triton_kernels") / f"{name}.py").read_text("utf-8") for name in _MODULES[:-1]}
-    texts["chain"] = triton.source(chain, plan.kinds)
+    texts = {name: _text(name) for name in _MODULES[:-1]} | {"chain": triton.source(chain, plan.kinds)}
     library = Library(texts)
     source = library.flattened(("chain", "forward_kernel"), ("chain", "backward_kernel"), ("tile", "sum_kernel"))
     filled = {
@@ -157,6 +157,12 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
     for mark, value in filled.items():
         text = text.replace(mark, value)
     return text
+
+
+def _text(module: str) -> str:
+    if module == "stages":  # a folder
+        return "\n".join(stage_texts("triton").values())
+    return (folder("triton_kernels") / f"{module}.py").read_text("utf-8")
 
 
 class Library:
@@ -221,7 +227,8 @@ class Library:
             constants = [kept[key] for key in mine if not isinstance(self.functions[key].tree, ast.FunctionDef)]
             functions = [kept[key] for key in mine if isinstance(self.functions[key].tree, ast.FunctionDef)]
             if mine:
-                heading = "# ---- the chain " if module == "chain" else f"# ---- triton_kernels/{module}.py "
+                where = f"triton_kernels/{module}" + ("/" if module == "stages" else ".py")
+                heading = "# ---- the chain " if module == "chain" else f"# ---- {where} "
                 parts += [f"{heading:-<120}" + ("\n\n" + "\n".join(constants) if constants else ""), *functions]
         return "\n\n\n".join(parts) + "\n\n"
 

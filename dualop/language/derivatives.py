@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +23,39 @@ SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.673263242354377284
 def kept(condition: Tensor, gy: Tensor) -> Tensor:
     """gy where the condition holds, else zero, also where gy is infinite or NaN."""
     return torch.where(condition, gy, torch.zeros_like(gy))
+
+
+@lru_cache(maxsize=1)
+def clamp_gradient_at_bound() -> float:
+    """1.0 or 0.0: clamp's derivative at its own bounds, which differs between releases of torch.
+
+    Asked in a thread of its own: the calling one may be inside an op, a transform or a fake mode.
+    """
+
+    def ask() -> float:
+        bound = torch.ones((), requires_grad=True)
+        (gradient,) = torch.autograd.grad(bound.clamp(-1, 1), bound)
+        return gradient.item()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()
+
+
+def like(z: Tensor, other: Tensor | float) -> Tensor:
+    return other if isinstance(other, Tensor) else torch.full((), other, dtype=z.dtype, device=z.device)
+
+
+def clamp(z: Tensor, low: float, high: float) -> Tensor:
+    # torch wants one bound at least, where both were rounded to infinity, too.
+    return z.clamp(low if low > -math.inf or high == math.inf else None, high if high < math.inf else None)
+
+
+def clamp_gradient(gy: Tensor, z: Tensor, low: float, high: float) -> Tensor:
+    # An infinite bound is none, so the derivative at infinity is 1 there.
+    at_bound = clamp_gradient_at_bound()
+    above = z >= low if at_bound or low == -math.inf else z > low
+    below = z <= high if at_bound or high == math.inf else z < high
+    return kept(above & below, gy)
 
 
 def extremum(gy: Tensor, z: Tensor, b: Tensor | float, loses: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Tensor]:
@@ -40,8 +75,13 @@ def mish_gradient(gy: Tensor, z: Tensor) -> Tensor:
     return gy * (t + z * torch.sigmoid(z) * (1 - t * t))
 
 
+def hardswish_gradient(gy: Tensor, z: Tensor) -> Tensor:
+    """The gradient without torch's constants rounded to float32; at the kinks as torch has it."""
+    return torch.where(z.abs() < 3, gy * (z / 3 + 0.5), torch.ops.aten.hardswish_backward(gy, z))
+
+
 # ---- second derivatives ----------------------------------------------------------------------------------------------
-# f''(z), at kinks what torch has. `cuda/second.cuh` and `triton_kernels/second.py` have the same formulas.
+# f''(z), at kinks what torch has. The kernels have the same formulas.
 
 
 def sigmoid_slope(z: Tensor) -> Tensor:

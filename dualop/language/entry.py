@@ -1,4 +1,4 @@
-"""What an entry of the table of stages (`dualop/language/stages.py`) says: every fact about a stage that anybody needs.
+"""What an entry of the table of stages (`dualop/language/table.py`) says: every fact about a stage that anybody needs.
 
 A fact that is left out is an error when the table is read. A second derivative in particular: a stage without one would
 count as linear, and its double backward would be zero without a word.
@@ -7,7 +7,7 @@ count as linear, and its double backward would be zero without a word.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dualop.errors import ChainError
+from dualop.language.ranges import Interval, Range
 
 Argument = float | str
 # The largest float32, and where rounding to float32 begins to give infinity.
@@ -41,6 +42,28 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Exact:
+    """A stage in float64 where torch computes with constants rounded to float32: the definition, and its gradient
+
+    (None: the stage's own is exact). `torch_is_off`: how many ulps torch's float64 gradient is off.
+    """
+
+    reference: Callable[..., Tensor]
+    gradient: Callable[..., Any] | None = None
+    torch_is_off: float = 0.0
+
+
+class SameAsReference(Enum):
+    """The type of SAME_AS_REFERENCE."""
+
+    SAME_AS_REFERENCE = "same as reference"
+
+
+# What a table entry says of a stage that torch computes in float64 with float64's constants.
+SAME_AS_REFERENCE = SameAsReference.SAME_AS_REFERENCE
+
+
+@dataclass(frozen=True)
 class Stage:
     """One pointwise function.
 
@@ -49,6 +72,10 @@ class Stage:
     pair of gradients of z and of the operand, not yet summed over what was broadcast.
     `second(z, *arguments)` is the second derivative by z in torch's differentiable functions, for an operand stage
     beside a number; PIECEWISE_LINEAR says that it is zero wherever it exists. An entry must give one of the two.
+    `range` is the interval of the output, or a function of the input's (low, high, *arguments) that gives it;
+    EVERYTHING says that nothing is known. `exact` is the truth in float64 that `dualop verify` measures by.
+    `number` is what an operand stage takes in `dualop verify`: 0 leaves x as it is, where that does not, a number of
+    every dtype with which products and quotients have to be rounded.
     `example` is a chain of this stage alone that tests and benchmarks use. `problem(*arguments)` says what is wrong
     with arguments that parse, or None. `kernel(*arguments)` names the function in the kernel languages and the numbers
     that are compiled into it.
@@ -61,12 +88,37 @@ class Stage:
     parameters: tuple[Parameter, ...] = ()
     aliases: tuple[str, ...] = ()
     second: Callable[..., Tensor] | PiecewiseLinear | None = field(default=None, kw_only=True)  # None is refused
+    range: Range | Interval | None = field(default=None, kw_only=True)  # None is refused
+    exact: Exact | SameAsReference = field(default=SAME_AS_REFERENCE, kw_only=True)
     operand: bool = False
+    number: float | None = None  # of an operand stage None is refused
     problem: Callable[..., str | None] = lambda *arguments: None
     kernel_name: Callable[..., str] | None = None
     constants: Callable[..., tuple[float, ...]] = lambda *arguments: tuple(a for a in arguments if isinstance(a, float))
+    steady: bool = field(default=False, kw_only=True)
+    clips: bool = field(default=False, kw_only=True)
+    within: Mapping[str, tuple[tuple[float, float, str], ...]] = field(default_factory=dict, kw_only=True)
+    approximate: str | None = field(default=None, kw_only=True)
+    joined: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
+        for what in ("reference", "gradient"):
+            if not callable(getattr(self, what)):
+                raise ChainError(f"stage {self.name!r} does not say what its {what} is: give {what}=f(...) in torch")
+        if not isinstance(self.exact, (Exact, SameAsReference)):
+            raise ChainError(
+                f"stage {self.name!r} does not say what it is in float64: give exact=Exact(...) or SAME_AS_REFERENCE"
+            )
+        if not callable(self.range) and not _is_interval(self.range):
+            raise ChainError(
+                f"stage {self.name!r} does not say what its range is: give range=(low, high), "
+                "range=f(low, high, *arguments), or EVERYTHING if nothing is known of its output"
+            )
+        if self.operand != isinstance(self.number, (int, float)):
+            raise ChainError(
+                f"stage {self.name!r} takes {'an' if self.operand else 'no'} operand: give "
+                f"{'number=, which `dualop verify` takes for it' if self.operand else 'no number='}"
+            )
         if not callable(self.second) and self.second is not PIECEWISE_LINEAR:
             raise ChainError(
                 f"stage {self.name!r} does not say what its second derivative is: give second=f(z, *arguments), "
@@ -77,6 +129,17 @@ class Stage:
     def curved(self) -> bool:
         """Return True if the stage has a second derivative that is not zero."""
         return self.second is not PIECEWISE_LINEAR
+
+    def interval(self, low: float, high: float, *arguments: Argument) -> Interval:
+        """Return where the output lies if the input lies in [low, high]."""
+        assert self.range is not None
+        return self.range(low, high, *arguments) if callable(self.range) else self.range
+
+    @property
+    def specialised(self) -> tuple[str, ...]:
+        """Return the kernel functions that no text names."""
+        within = (function for forms in self.within.values() for _, _, function in forms)
+        return (*within, *((self.approximate,) if self.approximate else ()), *self.joined.values())
 
     def kernel(self, *arguments: Argument) -> tuple[str, tuple[float, ...]]:
         name = self.kernel_name(*arguments) if self.kernel_name else self.name
@@ -89,6 +152,10 @@ class Stage:
             return f"{self.name}(operand)"
         shown = [p.name if p.default is None else f"{p.name}={argument_text(p.default)}" for p in self.parameters]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+def _is_interval(said: object) -> bool:
+    return isinstance(said, tuple) and len(said) == 2 and said[0] <= said[1]
 
 
 def argument_text(argument: Argument) -> str:

@@ -9,37 +9,16 @@ behind it is one function, since tanh's slope enlarges silu's rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
+from dualop.language.ranges import EVERYTHING, Interval
 from dualop.language.slopes import Slope, is_slope
-from dualop.language.stages import Call, Stage
+from dualop.language.stages import STAGES, Call, Stage
 from dualop.language.syntax import Chain
 
-Interval = tuple[float, float]
 # Functions of the kernels that no text names.
-SPECIALISED = ("gelu_unit", "gelu_upper", "tanh_approx", "silu_tanh", "silu_tanh_approx")
-# Their relative error is at most about 1.5 times that of an input in [-1, 1]; no difference, no jump.
-_STEADY = (
-    "silu",
-    "gelu",
-    "mish",
-    "hardtanh",
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "elu",
-    "celu",
-    "selu",
-    "sigmoid",
-    "softplus",
-    "abs",
-    "neg",
-    "exp",
-    "tanh",
-)
-EVERYTHING: Interval = (-math.inf, math.inf)
+SPECIALISED = tuple(name for stage in STAGES.values() for name in stage.specialised)
 
 
 class Step(NamedTuple):
@@ -72,10 +51,11 @@ def _lowered(chain: Chain | Slope) -> tuple[tuple[Step, Stage], ...]:
     for i, call in enumerate(of.calls):
         if not _without_effect(call, interval):
             step = _step(call, of, interval)
-            if step.function == "tanh" and all(later.stage.name in _STEADY for later in of.calls[i + 1 :]):
-                step = Step("tanh_approx")
-            if step.function in ("tanh", "tanh_approx") and found and found[-1][0] == Step("silu") and not sloped:
-                step = Step(f"{found.pop()[0].function}_{step.function}")
+            if call.stage.approximate and all(later.stage.steady for later in of.calls[i + 1 :]):
+                step = step._replace(function=call.stage.approximate)
+            if found and not sloped and (joined := _joined(*found[-1], step)):
+                found.pop()
+                step = joined
             found.append((step, call.stage))
         interval = output(call, interval)
     return tuple(found)
@@ -83,8 +63,7 @@ def _lowered(chain: Chain | Slope) -> tuple[tuple[Step, Stage], ...]:
 
 def output(call: Call, interval: Interval) -> Interval:
     """Where a stage's output lies if its input lies in `interval`; EVERYTHING where nothing is known."""
-    rule = _RULES.get(call.stage.name)
-    return rule(*interval, *call.arguments) if rule else EVERYTHING
+    return call.stage.interval(*interval, *call.arguments)
 
 
 def _step(call: Call, chain: Chain, interval: Interval) -> Step:
@@ -94,58 +73,23 @@ def _step(call: Call, chain: Chain, interval: Interval) -> Step:
             operand = 0 if operand == "x" else chain.operands.index(operand) + 1
         return Step(call.stage.name, (), operand)
     function, numbers = call.stage.kernel(*call.arguments)
-    if function == "gelu" and interval[0] >= -1 and interval[1] <= 1:
-        function = "gelu_upper" if interval[0] >= -0.5 else "gelu_unit"
-    return Step(function, numbers)
+    narrower = (
+        name for low, high, name in call.stage.within.get(function, ()) if low <= interval[0] <= interval[1] <= high
+    )
+    return Step(next(narrower, function), numbers)
+
+
+def _joined(before: Step, stage: Stage, step: Step) -> Step | None:
+    """One function for two stages that follow each other, if the kernels have it."""
+    if before.function != stage.name or step.operand is not None or step.function not in stage.joined:
+        return None
+    return Step(stage.joined[step.function], before.numbers + step.numbers)
 
 
 def _without_effect(call: Call, interval: Interval) -> bool:
-    """A clamp whose bounds lie outside of the interval by more than the arithmetic is off by.
-
-    Not torch.clamp itself: unlike the others it has the gradient 0 at NaN, which is a value of every chain.
-    """
-    if call.stage.name not in ("hardtanh", "relu6", "relu"):
+    """A clamp whose bounds lie outside of the interval by more than the arithmetic is off by."""
+    if not call.stage.clips:
         return False
     low, high = output(call, EVERYTHING)
     above = low + 1e-3 * max(abs(low), 1) < interval[0]
     return above and (high == math.inf or interval[1] < high - 1e-3 * max(abs(high), 1))
-
-
-def _clipped(low: float, high: float, least: float, most: float) -> Interval:
-    return min(max(low, least), most), min(max(high, least), most)
-
-
-def _dip(value: Callable[[float], float], least: float) -> Callable[[float, float], Interval]:
-    """Functions like silu: 0 at minus infinity and at 0, `least` in between, rising from 0 on to at most `value`."""
-    return lambda low, high: (least if low < 0 else 0.0, value(high) if high > 0 else 0.0)
-
-
-def _sigmoid(z: float) -> float:
-    return 1 / (1 + math.exp(-z)) if z > -700 else 0.0
-
-
-def _normcdf(z: float) -> float:
-    return 0.5 * math.erfc(-z * math.sqrt(0.5))
-
-
-def _gelu(low: float, high: float, approximate: object) -> Interval:
-    # The tanh form is off by less than 5e-4 from the exact one.
-    return _dip(lambda z: z * _normcdf(z) + 5e-4, -0.1705)(low, high)
-
-
-_RULES: dict[str, Callable[..., Interval]] = {
-    "clamp": _clipped,
-    "hardtanh": _clipped,
-    "relu": lambda low, high: _clipped(low, high, 0.0, math.inf),
-    "relu6": lambda low, high: _clipped(low, high, 0.0, 6.0),
-    "hardsigmoid": lambda low, high: (0.0, 1.0),
-    "sigmoid": lambda low, high: (_sigmoid(low), _sigmoid(high)),
-    "tanh": lambda low, high: (math.tanh(low), math.tanh(high)),
-    "softsign": lambda low, high: (-1.0, 1.0),
-    "silu": _dip(lambda z: z * _sigmoid(z), -0.2785),
-    "mish": _dip(lambda z: z, -0.3089),
-    "hardswish": _dip(lambda z: z, -0.3751),
-    "gelu": _gelu,
-    "abs": lambda low, high: (0.0, max(-low, high)),
-    "exp": lambda low, high: (0.0, math.inf),
-}

@@ -264,7 +264,7 @@ def _software() -> str:
     """A short digest of all that makes another launch fastest: versions, and the kernels' sources."""
     digest = hashlib.sha256(f"{dualop.__version__} {torch.__version__} {_triton()}".encode())
     for folder, pattern in KERNELS.items():
-        for file in sorted(sources.folder(folder).glob(pattern)):
+        for file in sorted(sources.folder(folder).rglob(pattern)):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 

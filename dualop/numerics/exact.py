@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualop.backends.reference import evaluate, reference_gradients
-from dualop.language.stages import STAGES, Call
+from dualop.language.entry import Exact, Stage
+from dualop.language.stages import Call
 from dualop.language.syntax import Chain
 
 
@@ -31,18 +31,12 @@ def exact(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> tuple[Tensor, 
     return y, gradient
 
 
-def _hardswish_gradient(gy: Tensor, z: Tensor) -> Tensor:
-    # At its kinks as torch has it.
-    return torch.where(z.abs() < 3, gy * (z / 3 + 0.5), STAGES["hardswish"].gradient(gy, z))
-
-
-# torch multiplies by 1/6 and 1/3 rounded to float32.
-_IN_FLOAT64: dict[str, dict[str, Any]] = {
-    "hardsigmoid": {"reference": lambda z: (z + 3).clamp(0, 6) / 6},
-    "hardswish": {"reference": lambda z: z * (z + 3).clamp(0, 6) / 6, "gradient": _hardswish_gradient},
-}
-
-
 @lru_cache(maxsize=64)
 def _precise(chain: Chain) -> Chain:
-    return Chain(tuple(Call(replace(c.stage, **_IN_FLOAT64.get(c.stage.name, {})), c.arguments) for c in chain.calls))
+    return Chain(tuple(Call(_in_float64(c.stage), c.arguments) for c in chain.calls))
+
+
+def _in_float64(stage: Stage) -> Stage:
+    if not isinstance(stage.exact, Exact):
+        return stage
+    return replace(stage, reference=stage.exact.reference, gradient=stage.exact.gradient or stage.gradient)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dualop.backends.reference import evaluate
 from dualop.backends.registry import BACKENDS
+from dualop.language.entry import Exact
 from dualop.language.syntax import Chain
 from dualop.numerics.cases import SPECIAL, Sample
 
@@ -41,8 +42,6 @@ TOLERANCE = {
     torch.float32: (Tolerance(16, 0.25), Tolerance(32, 0.5)),
     torch.float64: (Tolerance(16, 16), Tolerance(32, 64)),
 }
-# torch's gradient of hardsigmoid in float64 multiplies by 1/6 rounded to float32, which is 2^27 ulps from 1/6.
-INEXACT_IN_FLOAT64 = {"hardsigmoid": Tolerance(2.0**29)}
 # Of backends that have torch's formulas, which cancel likewise in float32; rounding to 16 bits hides most of it.
 CANCELLING = {
     torch.float32: TOLERANCE[torch.float64],
@@ -108,7 +107,8 @@ def truth(chain: Chain, sample: Sample) -> dict[str, Truth]:
     torchs, torchs_terms = _differentiated(chain, sample, wide)
     x = sample.x.double().expand(y.shape)
     ordinary = torch.isin(x, torch.tensor(SPECIAL, dtype=x.dtype, device=x.device)).logical_not_() & x.isfinite()
-    inexact = next((INEXACT_IN_FLOAT64[c.stage.name] for c in chain.calls if c.stage.name in INEXACT_IN_FLOAT64), None)
+    off = max((c.stage.exact.torch_is_off for c in chain.calls if isinstance(c.stage.exact, Exact)), default=0.0)
+    inexact = Tolerance(off) if off else None
     exact = {"y": _quantity(y, y.shape, ordinary, torchs.isnan() & ~y.isnan())}
     for i, (name, tensor) in enumerate(zip(("x", *chain.operands), (sample.x, *sample.operands), strict=True)):
         settled = x.isfinite() & torchs.isfinite() & torchs_terms[i].isfinite()

@@ -10,7 +10,8 @@ counted in ulps: divided by the spacing of the dtype at max(|exact|, S / 1024).
 - Where a chain jumps (a clamp's gradient behind a tanh), an input so close to the jump that float32 arithmetic cannot
   know its side may give any value between those on both sides.
 
-Operands are numbers here, by default those of REPRESENTATIVE. The default chain's operand is 0, so that z is x.
+Operands are numbers here: of the entry of the stage that takes one first, unless told else. The default chain's is 0,
+so that z is x.
 """
 
 from __future__ import annotations
@@ -39,10 +40,6 @@ ORDINARY = 100.0
 # difference decides nothing.
 EAGER_SLACK = 0.01
 NEAR = 2.0**-21  # four float32 ulps: what the arithmetic before a jump may be off by
-
-# By the stage that takes the operand first. 0 leaves x as it is; the others are numbers of every dtype, with which
-# products and quotients have to be rounded.
-REPRESENTATIVE = {"add": 0.0, "sub": 0.0, "rsub": 0.0, "mul": 1.25, "div": 3.0, "minimum": 0.5, "maximum": 0.5}
 
 
 @dataclass(frozen=True)
@@ -149,8 +146,8 @@ def _numbers(chain: Chain, given: Mapping[str, float]) -> dict[str, float]:
     if wrong := [name for name in given if name not in chain.operands]:
         takes = ", ".join(chain.operands) or "no operand"
         raise OperandError(f"`{chain}` takes {takes}, not {', '.join(wrong)}")
-    first = {c.operand: c.stage.name for c in reversed(chain.calls)}
-    return {name: given.get(name, REPRESENTATIVE[first[name]]) for name in chain.operands}
+    first = {c.operand: c.stage.number or 0.0 for c in reversed(chain.calls)}
+    return {name: given.get(name, first[name]) for name in chain.operands}
 
 
 def _operands(numbers: Mapping[str, float], dtype: str, device: torch.device) -> list[Tensor]:
