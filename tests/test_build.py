@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualop.build.build import Build, build
+from dualop.build import build
+from dualop.build.build import Build
 from dualop.errors import BackendUnavailable, BuildError, DualopError
 
 ROOT = Path(__file__).resolve().parents[1]

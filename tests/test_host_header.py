@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from dualop.build.build import Build, build
+from dualop.build import build
+from dualop.build.build import Build
 from dualop.build.sources import cuda_header
 
 KERNELS = r"""
