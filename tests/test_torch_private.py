@@ -48,13 +48,16 @@ if change:
     exec(change, scope)
     setattr(owner, name, scope["target"])
 else:
-    delattr(owner, name)
+    try:
+        delattr(owner, name)
+    except KeyError:  # a module that guards its attributes
+        sys.modules[module] = None
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     if change:
         versions.TORCH = ()  # a torch that nobody has tested: its names are tried out
     from dualop import torch_private
-    setattr(owner, name, kept)  # torch itself keeps its name
+    setattr(owner, name, kept) if sys.modules[module] else sys.modules.update({module: owner})  # torch keeps its name
     import dualop, dualop.autograd
 texts = [str(w.message) for w in said if issubclass(w.category, RuntimeWarning)]
 assert len(texts) == len(set(texts)) and any(f"torch {torch.__version__}" in t for t in texts), texts
