@@ -7,8 +7,8 @@ had cheaper, NAME_inner gives it. An operand stage has NAME(z, b, BITS) and NAME
 not multiplied by 0, so that an infinite gy stays out.
 """
 
-from .exponential import *
 from .operands import *
 from .piecewise import *
-from .plain import *
+from .exponential import *
 from .smooth import *
+from .plain import *
