@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import HAS_GPU, INTERPRETED
 from torch import Tensor
 
 import dualop
+from dualop.backends.reference import evaluate
 from dualop.language.stages import STAGES
 from dualop.numerics.check import poisoned, spacing
 
@@ -223,6 +225,13 @@ PROBLEMS = (
     ),
     p("square root", "square | add(1) | sqrt | reciprocal", lambda x: 1 / torch.sqrt(x**2 + 1), GEMM),
     p("absolute value", "abs | div(scale)", lambda x, scale: x.abs() / scale, CONV2D, (CONV2D,)),
+)
+# A stage that none of those has, such as sin, by itself.
+_HAVE = {call.stage.name for problem in PROBLEMS for call in dualop.chain(problem.chain).calls}
+PROBLEMS += tuple(
+    p(f"none {stage.name}", stage.example, partial(evaluate, dualop.chain(stage.example), operands=()), GEMM)
+    for stage in STAGES.values()
+    if stage.name not in _HAVE
 )
 
 # Errors that are allowed: in float32 roundings of a term, and in ulps of a bfloat16 result.
