@@ -43,10 +43,4 @@ struct exp {
     template <int bits, class T> DUALOP_FUN static T second(T z) { return math::exp<bits>(z); }
 };
 
-struct sin {
-    template <int bits, class T> DUALOP_FUN static T forward(T z) { return ::sin(z); }
-    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy * ::cos(z); }
-    template <int bits, class T> DUALOP_FUN static T second(T z) { return -::sin(z); }
-};
-
 }  // namespace dualop::stage

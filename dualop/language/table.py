@@ -343,5 +343,4 @@ TABLE = (
         range=(0.0, math.inf),
         steady=True,
     ),
-    Stage("sin", torch.sin, lambda g, z: g * z.cos(), "sin", second=lambda z: -z.sin(), range=(-1.0, 1.0)),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import math, platform
+from .. import math
 from ..math import divide
 from ..platform import number
 
@@ -99,18 +99,3 @@ def exp_backward(z, gy, BITS: tl.constexpr):
 @triton.jit
 def exp_second(z, BITS: tl.constexpr):
     return math.exp(z, BITS)
-
-
-@triton.jit
-def sin(z, BITS: tl.constexpr):
-    return platform.sin(z)
-
-
-@triton.jit
-def sin_backward(z, gy, BITS: tl.constexpr):
-    return gy * platform.cos(z)
-
-
-@triton.jit
-def sin_second(z, BITS: tl.constexpr):
-    return -platform.sin(z)
