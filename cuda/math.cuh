@@ -2,10 +2,10 @@
 // triton_kernels/math.py has the same functions in the same order.
 //
 // 16-bit results (bits <= 11) use the GPU's approximate instructions: ex2 and rcp are good to about 2^-22, and
-// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 takes what single.cuh has, float64 CUDA's own
+// tanh.approx to 2^-11, so that one serves bfloat16 only. float32 takes what float32.cuh has, float64 CUDA's own
 // functions.
 #pragma once
-#include "single.cuh"
+#include "float32.cuh"
 
 namespace dualop::math {
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import platform, single
+from . import float32, platform
 from .platform import max_nan, min_nan, number
 
 
@@ -72,7 +72,7 @@ def exp_neg(a, BITS: tl.constexpr, N: tl.constexpr = 1):
     elif BITS <= 11:
         return platform.ex2_approx(a * (-N * log2_e))
     else:
-        return single.exp_below(min_nan(a, number(a, 89.0 / N)), number(a, -0.0), N)
+        return float32.exp_below(min_nan(a, number(a, 89.0 / N)), number(a, -0.0), N)
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def rcp_1p(e, BITS: tl.constexpr, N: tl.constexpr = 1):
 def sigmoid(z, BITS: tl.constexpr):
     e = exp_neg(tl.abs(z), BITS)
     if BITS == 24:
-        v = single.quotient(e, e)
+        v = float32.quotient(e, e)
         return tl.where(z < 0, v, 1.0 - v)
     else:
         r = rcp_1p(e, BITS)
@@ -116,7 +116,7 @@ def sigmoid_alone(z, BITS: tl.constexpr):
 def sigmoid_slope(z, BITS: tl.constexpr):
     e = exp_neg(tl.abs(z), BITS)
     if BITS == 24:
-        v = single.quotient(e, e)
+        v = float32.quotient(e, e)
         return platform.fma(-v, v, v)
     else:
         r = rcp_1p(e, BITS)
@@ -165,15 +165,15 @@ def tanh(z, BITS: tl.constexpr):
         p = 0.999998715 + u * (0.117111504 + u * 0.00167329065)
         return c * p * platform.rcp_approx(1.0 + u * (0.45043405 + u * (0.0184998655 + u * 6.70261213e-05)))
     else:
-        return single.tanh_long(z)
+        return float32.tanh_long(z)
 
 
 @triton.jit
 def sech2(z, BITS: tl.constexpr):
     """1 - tanh(z)^2, which cancels where tanh saturates: 4 e / (1 + e)^2 with e = exp(-2 |z|) does not."""
     if BITS == 24:
-        factor, more, _, _ = single.tanh_slope(min_nan(tl.abs(z), number(z, 44.0)), number(z, -0.0))
-        return single.slope(factor, more)
+        factor, more, _, _ = float32.tanh_slope(min_nan(tl.abs(z), number(z, 44.0)), number(z, -0.0))
+        return float32.slope(factor, more)
     else:
         e = exp_neg(tl.abs(z), BITS, 2)
         r = rcp_1p(e, BITS, 2)

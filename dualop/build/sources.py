@@ -8,7 +8,7 @@ from pathlib import Path
 
 import dualop
 
-_INCLUDE = re.compile(r'^#include "([a-z_/]+\.cuh)"\n', re.MULTILINE)
+_INCLUDE = re.compile(r'^#include "([\w/]+\.cuh)"\n', re.MULTILINE)
 
 
 def folder(name: str) -> Path:

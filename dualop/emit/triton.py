@@ -116,7 +116,7 @@ def tail_backward(gy, inputs, needs):
     return gradients
 '''
 
-_MODULES = ("platform", "single", "math", "stages", "tile", "chain")
+_MODULES = ("platform", "float32", "math", "stages", "tile", "chain")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import math, platform, single
+from .. import float32, math, platform
 from ..platform import number
 
 
@@ -56,7 +56,7 @@ def celu(z, alpha: tl.constexpr, BITS: tl.constexpr):
 def celu_backward(z, gy, alpha: tl.constexpr, BITS: tl.constexpr):
     inverse = number(z, 1.0 / alpha)
     if BITS == 24 and alpha > 0:
-        return tl.where(z <= 0, gy * single.exp_ratio(z, number(z, alpha), inverse), gy)
+        return tl.where(z <= 0, gy * float32.exp_ratio(z, number(z, alpha), inverse), gy)
     else:
         return tl.where(z <= 0, gy * math.exp(z * inverse, BITS), gy)
 
@@ -91,7 +91,7 @@ def sigmoid_second(z, BITS: tl.constexpr):
 @triton.jit
 def silu(z, BITS: tl.constexpr):
     if BITS == 24:
-        return single.silu(z)
+        return float32.silu(z)
     else:
         return z * math.sigmoid_alone(z, BITS)
 
@@ -99,8 +99,8 @@ def silu(z, BITS: tl.constexpr):
 @triton.jit
 def silu_backward(z, gy, BITS: tl.constexpr):
     if BITS == 24:
-        factor, more, _, _ = single.silu_slope(z)
-        return gy * single.slope(factor, more)
+        factor, more, _, _ = float32.silu_slope(z)
+        return gy * float32.slope(factor, more)
     elif BITS <= 11:
         s = math.sigmoid_alone(z, BITS)
         return gy * (s + (z * s) * (1.0 - s))
@@ -167,7 +167,7 @@ def tanh_approx_second(z, BITS: tl.constexpr):
 @triton.jit
 def silu_tanh(z, BITS: tl.constexpr):
     if BITS == 24:
-        return single.tanh_short(single.silu(z))
+        return float32.tanh_short(float32.silu(z))
     else:
         return tanh(silu(z, BITS), BITS)
 
@@ -175,8 +175,8 @@ def silu_tanh(z, BITS: tl.constexpr):
 @triton.jit
 def silu_tanh_inner(z, BITS: tl.constexpr):
     if BITS == 24:
-        _, _, y, rest = single.silu_slope(z)
-        _, _, value, _ = single.tanh_slope(y, rest)
+        _, _, y, rest = float32.silu_slope(z)
+        _, _, value, _ = float32.tanh_slope(y, rest)
         return value
     else:
         return tanh_inner(silu(z, BITS), BITS)
@@ -185,10 +185,10 @@ def silu_tanh_inner(z, BITS: tl.constexpr):
 @triton.jit
 def silu_tanh_backward(z, gy, BITS: tl.constexpr):
     if BITS == 24:
-        f1, m1, y, rest = single.silu_slope(z)
-        f2, m2, _, _ = single.tanh_slope(y, rest)
+        f1, m1, y, rest = float32.silu_slope(z)
+        f2, m2, _, _ = float32.tanh_slope(y, rest)
         # The product of both: the factor not taken is 1.
-        return gy * single.slope(tl.where(z < 0, f1, f2), platform.fma(m1, m2, m1 + m2))
+        return gy * float32.slope(tl.where(z < 0, f1, f2), platform.fma(m1, m2, m1 + m2))
     else:
         return silu_backward(z, tanh_backward(silu(z, BITS), gy, BITS), BITS)
 

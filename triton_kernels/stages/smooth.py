@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import math, single
+from .. import float32, math
 from ..math import divide
 from ..platform import max_nan, min_nan, number
 
@@ -52,7 +52,7 @@ def logsigmoid_second(z, BITS: tl.constexpr):
 @triton.jit
 def mish(z, BITS: tl.constexpr):
     if BITS == 24:
-        return single.mish(z)
+        return float32.mish(z)
     else:
         e = math.exp(min_nan(z, number(z, 20.0)), BITS)
         n = e * (e + 2.0)
@@ -62,7 +62,7 @@ def mish(z, BITS: tl.constexpr):
 @triton.jit
 def mish_backward(z, gy, BITS: tl.constexpr):
     if BITS == 24:
-        return gy * single.mish_slope(z)
+        return gy * float32.mish_slope(z)
     else:
         near = min_nan(z, number(z, 20.0))
         e = math.exp(near, BITS)
@@ -105,7 +105,7 @@ def softsign_second(z, BITS: tl.constexpr):
 @triton.jit
 def gelu(z, BITS: tl.constexpr):
     if BITS == 24:
-        return single.gelu(z)
+        return float32.gelu(z)
     else:
         return z * math.normcdf(z, BITS)
 
@@ -113,7 +113,7 @@ def gelu(z, BITS: tl.constexpr):
 @triton.jit
 def gelu_backward(z, gy, BITS: tl.constexpr):
     if BITS == 24:
-        return gy * single.gelu_slope(z)
+        return gy * float32.gelu_slope(z)
     else:
         return gy * (math.normcdf(z, BITS) + z * math.normpdf(z, BITS))
 
@@ -162,7 +162,7 @@ def gelu_upper_second(z, BITS: tl.constexpr):
 def gelu_tanh(z, BITS: tl.constexpr):
     slope: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
     if BITS == 24:
-        return single.gelu_tanh(z)
+        return float32.gelu_tanh(z)
     else:
         return z * math.sigmoid_alone(slope * z * (1.0 + 0.044715 * z * z), BITS)
 
@@ -171,7 +171,7 @@ def gelu_tanh(z, BITS: tl.constexpr):
 def gelu_tanh_backward(z, gy, BITS: tl.constexpr):
     slope: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
     if BITS == 24:
-        return gy * single.gelu_tanh_slope(z)
+        return gy * float32.gelu_tanh_slope(z)
     else:
         # The second term has long vanished at |z| = 20, before its cube overflows.
         near = min_nan(max_nan(z, number(z, -20.0)), number(z, 20.0))

@@ -1,5 +1,5 @@
 // The functions whose float32 results are held to 4 ulps, slopes included. 16-bit results need none of this.
-// triton_kernels/single.py has the same functions in the same order.
+// triton_kernels/float32.py has the same functions in the same order.
 //
 // ex2 and rcp of the GPU are off by up to 2^-22.5 and 2^-23. So ex2 is taken for powers of two alone, where it is
 // exact, and rcp with the remainder of what it divides. What is left are the roundings of float32 itself: a slope is

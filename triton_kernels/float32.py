@@ -1,6 +1,6 @@
 """The functions whose float32 results are held to 4 ulps, slopes included. 16-bit results need none of this.
 
-`cuda/single.cuh` has the same functions in the same order, and says how they work and what they are good to. Where it
+`cuda/float32.cuh` has the same functions in the same order, and says how they work and what they are good to. Where it
 has a struct, there is a tuple here.
 """
 
