@@ -44,7 +44,7 @@ class Task:
     @property
     def heuristic(self) -> Cut:
         work = self.work
-        cut = BACKENDS[self.backend].heuristic(work.chain, work.layout, self.direction, work.device)
+        cut = BACKENDS[self.backend].heuristic(work.chain, work.layout, self.direction)
         if cut is None:
             raise ValueError(f"{self.backend} has no launches to choose")
         return cut
@@ -60,8 +60,8 @@ class Task:
         return f"{self.backend} {self.direction}, {self.work.dtype}, {'x'.join(map(str, self.work.shape))}"
 
 
-def subject_of(task: Task, view: Layout) -> tuning.Subject:
-    return tuning.subject(task.backend, task.work.chain, view, task.direction)
+def subject_of(task: Task, layout: Layout) -> tuning.Subject:
+    return tuning.subject(task.backend, task.work.chain, layout, task.direction)
 
 
 @dataclass(frozen=True)

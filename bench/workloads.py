@@ -15,7 +15,7 @@ from dualop.backends.base import Planned
 from dualop.backends.reference import evaluate
 from dualop.errors import ShapeError
 from dualop.language.syntax import Chain
-from dualop.launch.layout import Layout, layout
+from dualop.launch.layout import Layout, layout_of
 from dualop.numerics.cases import DTYPES, OPERAND_FORMS, Case, Sample, sample
 
 EAGER, COMPILED, COPY, LAUNCH = "eager", "torch.compile", "copy", "empty launch"
@@ -52,7 +52,7 @@ class Workload:
     def layout(self) -> Layout:
         """Return the layout of a call with these samples."""
         x, *operands = self.planned.tensors
-        return layout(x, operands)
+        return layout_of(x, operands, self.device)
 
     @property
     def planned(self) -> Planned:

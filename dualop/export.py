@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dualop.op.library  # noqa: F401  (registers the ops)
 from dualop.backends.reference import reference, reference_gradients
+from dualop.language.slopes import of_order
 from dualop.language.syntax import parse
 
 
@@ -33,6 +34,6 @@ def _forward(x: Tensor, operands: Sequence[Tensor], chain: str, backend: str) ->
 
 
 def _backward(
-    gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool]
+    gy: Tensor, x: Tensor, operands: Sequence[Tensor], chain: str, backend: str, needs: Sequence[bool], order: int = 1
 ) -> list[Tensor]:
-    return reference_gradients(parse(chain), gy, x, operands, needs)
+    return reference_gradients(of_order(chain, order), gy, x, operands, needs)

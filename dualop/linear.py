@@ -30,7 +30,7 @@ from dualop.errors import BackendUnavailable
 from dualop.language.program import steps
 from dualop.language.syntax import Chain
 from dualop.launch.grid import ceil_div, multiprocessors
-from dualop.launch.layout import Layout, layout
+from dualop.launch.layout import Layout, layout_of
 from dualop.op import eager
 
 SWITCH = "DUALOP_GEMM"
@@ -199,7 +199,7 @@ def _view(shape: torch.Size, dtype: torch.dtype, operands: Sequence[Tensor]) -> 
     """The layout of the product and the operands, with a vector along its columns behind them, so that it is not cut
     into other rows than the product has."""
     product, vector = (torch.empty(s, dtype=dtype, device="meta") for s in (shape, shape[-1:]))
-    return layout(product, [*operands, vector])
+    return layout_of(product, [*operands, vector])
 
 
 def _rows(tensor: Tensor) -> Tensor:

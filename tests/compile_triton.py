@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 import triton
+from named import parse
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from dualop.backends import triton as backend
-from dualop.language.slopes import Slope, parse
+from dualop.language.slopes import Slope
 from dualop.replay import triton as native_triton
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}

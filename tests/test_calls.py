@@ -45,8 +45,9 @@ def backward(
     text: str = "add | silu",
     backend: str = "reference",
     needs: Any = (True, True),
+    order: int = 1,
 ) -> list[Tensor]:
-    return torch.ops.dualop.backward(gy, x, list(operands), text, backend, list(needs))
+    return torch.ops.dualop.backward(gy, x, list(operands), text, backend, list(needs), order)
 
 
 # What is wrong, how the error is called, and what it says.
@@ -55,13 +56,15 @@ WRONG: dict[str, tuple[Callable[..., Any], dict[str, Any], type[DualopError], st
     "a slope with its gy": (forward, {"operands": (GY,), "text": "slope of silu"}, ChainError, "slope"),
     "no chain": (forward, {"text": "adds"}, ChainError, "unknown stage 'adds'"),
     "no chain backward": (backward, {"text": "adds"}, ChainError, "unknown stage 'adds'"),
-    "a slope of two inputs": (backward, {"text": "slope of add | silu"}, ChainError, "no slope"),
+    "a slope backward by its text": (backward, {"operands": (GY,), "text": "slope of silu"}, ChainError, "slope"),
+    "a slope of two inputs": (backward, {"order": 2}, ChainError, "no slope"),
+    "a third order": (backward, {"order": 3, "operands": (GY,), "text": "silu"}, OperandError, "1 or 2, not 3"),
     "too few operands": (forward, {"operands": ()}, OperandError, r"takes \(x, add\); 0 operands"),
     "too many operands": (forward, {"operands": (B, B)}, OperandError, "2 operands given"),
     "backward without": (backward, {"operands": (), "needs": (True,)}, OperandError, "0 operands given"),
     "a slope without gy": (
         backward,
-        {"operands": (), "text": "slope of silu", "needs": (True,)},
+        {"operands": (), "text": "silu", "order": 2, "needs": (True,)},
         OperandError,
         r"takes \(x, gy\)",
     ),
@@ -83,7 +86,7 @@ WRONG: dict[str, tuple[Callable[..., Any], dict[str, Any], type[DualopError], st
     ),
     "gy of a slope": (
         backward,
-        {"gy": torch.ones(2), "x": torch.ones(9), "operands": (torch.ones(9),), "text": "slope of silu"},
+        {"gy": torch.ones(2), "x": torch.ones(9), "operands": (torch.ones(9),), "text": "silu", "order": 2},
         ShapeError,
         r"\(9,\), not \(2,\)",
     ),
@@ -133,7 +136,7 @@ def test_what_is_right_runs(name: str, mode: str) -> None:
         (forward, {}),
         (backward, {"gy": GY}),
         (backward, {"gy": GY, "needs": (False, True)}),
-        (backward, {"gy": GY, "operands": (GY,), "text": "slope of silu"}),
+        (backward, {"gy": GY, "operands": (GY,), "text": "silu", "order": 2}),
         (backward, {"gy": GY, "x": torch.ones(2, 1)}),
     ):
         in_mode(mode, call, {"x": X, "operands": (B,), "backend": name, **more})

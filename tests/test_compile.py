@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from named import parse
 from test_stages import cuda_stages
 
 import dualop
@@ -25,9 +26,8 @@ from dualop.backends.cuda import _signature as signature_of
 from dualop.backends.cuda import source
 from dualop.build import build, cache
 from dualop.language.program import steps
-from dualop.language.slopes import parse
 from dualop.language.stages import STAGES
-from dualop.launch.layout import layout
+from dualop.launch.layout import layout_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
@@ -54,8 +54,8 @@ class Problem:
         """As the CUDA backend makes it of tensors."""
         kinds = [getattr(torch, d) for d in self.all_dtypes]
         x, *operands = [torch.empty(s, dtype=t, device="meta") for s, t in zip(self.shapes, kinds, strict=True)]
-        view = layout(x, operands)
-        return signature_of(view, kinds)
+        layout = layout_of(x, operands)
+        return signature_of(layout, kinds)
 
 
 X = (2048, 8192)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dualop
 from dualop.language.syntax import Chain
-from dualop.launch.layout import layout
+from dualop.launch.layout import layout_of
 from dualop.numerics.check import poisoned
 
 BACKENDS = ("reference", "cuda", "triton")
@@ -309,8 +309,8 @@ def test_the_cases_reach_every_kind_of_view() -> None:
     kinds = set()
     for case in CASES:
         x, operands, _ = make(case, "cpu")
-        view = layout(x, operands)
-        kinds |= {(v.kind, v.copy is not None, v.expanded) for v in view.views}
+        layout = layout_of(x, operands)
+        kinds |= {(v.kind, v.copy is not None, v.expanded) for v in layout.views}
     read = {kind & 7 for kind, _, _ in kinds}
     assert read >= {0, 1, 2, 3, 6, 7}  # scalar, column, row, full, row and full with wrapping
     assert {copied for _, copied, _ in kinds} == {expanded for _, _, expanded in kinds} == {False, True}

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualop
 from dualop.errors import DeviceError, DtypeError, LayoutError, ShapeError
-from dualop.launch import layout
-from dualop.op import library
+from dualop.launch import checks
+from dualop.op import function
 from dualop.op.eager import unwatched
 
 OP = dualop.chain("add | tanh")
@@ -42,8 +42,8 @@ def no_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     def dispatched(*arguments: Any) -> None:
         raise AssertionError("went through the dispatcher")
 
-    monkeypatch.setattr(library, "_forward_op", dispatched)
-    monkeypatch.setattr(library, "_backward_op", dispatched)
+    monkeypatch.setattr(function, "forward_op", dispatched)
+    monkeypatch.setattr(function, "backward_op", dispatched)
 
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
@@ -155,8 +155,8 @@ def test_a_wrong_call_is_noticed_behind_a_right_one() -> None:
 
 
 def test_what_was_checked_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "CHECKED", 3)
-    monkeypatch.setattr(layout, "_checked", {})
+    monkeypatch.setattr(checks, "CHECKED", 3)
+    monkeypatch.setattr(checks, "_checked", {})
     for n in range(1, 9):
         assert OP(torch.ones(n, 2), torch.ones(2), backend="reference").shape == (n, 2)
-    assert 1 <= len(layout._checked) <= 3
+    assert 1 <= len(checks._checked) <= 3

@@ -31,7 +31,7 @@ from dualop.backends.registry import BACKENDS as BACKENDS_OF_LIBRARY
 from dualop.build.build import Build
 from dualop.build.sources import cuda_header
 from dualop.emit.file import emit
-from dualop.launch.layout import ROW, WRAP, layout
+from dualop.launch.layout import ROW, WRAP, layout_of
 from dualop.nn import with_bias
 from dualop.triton_kernels import tile
 
@@ -313,7 +313,7 @@ def launched(backend: str, module: Any, tail: dualop.Chain, inputs: list[Tensor]
                 triton._launch.cache_clear()  # a launch keeps its kernel
                 stack.callback(triton._launch.cache_clear)
                 stack.enter_context(mock.patch.multiple(triton, INTERPRET=False, OPTIONS={"enable_fp_fusion": True}))
-                own = triton._module(tail, tuple(v.kind for v in layout(inputs[0], inputs[1:]).views))
+                own = triton._module(tail, tuple(v.kind for v in layout_of(inputs[0], inputs[1:]).views))
                 for name in ("forward_kernel", "backward_kernel"):
                     for where in (module, own):
                         recorder = Recorder(getattr(own, name), seen)
@@ -366,7 +366,7 @@ def test_any_batch_where_no_operand_is_of_one(run, batch: int, backend: str, dev
 
 def test_indexes_are_as_wide_as_the_model_needs(run) -> None:
     empty = lambda *shape: torch.empty(shape, device="meta")
-    narrow_at = lambda rows: layout(empty(rows, 65536), [empty(65536)]).narrow
+    narrow_at = lambda rows: layout_of(empty(rows, 65536), [empty(65536)]).narrow
     most = bisect.bisect(range(65536), False, key=lambda rows: not narrow_at(rows)) - 1
     for backend, mark in (("cuda", "using index_t = {};"), ("triton", "NARROW={}")):
         wide, narrow = {"cuda": ("long long", "int"), "triton": ("False", "True")}[backend]

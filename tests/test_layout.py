@@ -14,8 +14,9 @@ from torch import Tensor
 
 import dualop
 from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
+from dualop.launch.checks import device_of, validate
 from dualop.launch.grid import MOST_PROGRAMS, TILES, Cut, Grid, Tall, backward_grid, forward_grid, power_of_two
-from dualop.launch.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, device_of, layout, validate
+from dualop.launch.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, layout_of
 
 hypothesis = pytest.importorskip("hypothesis")
 example, given, settings, st = hypothesis.example, hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -79,15 +80,15 @@ def memory(tensor: Tensor) -> Tensor:
     return tensor.as_strided((length,), (1,))
 
 
-def places(view: Layout) -> tuple[Tensor, Tensor]:
+def places(layout: Layout) -> tuple[Tensor, Tensor]:
     """Row and column of every element, in the order of the result's memory."""
-    at = torch.arange(view.total)
-    return at // view.cols, at % view.cols
+    at = torch.arange(layout.total)
+    return at // layout.cols, at % layout.cols
 
 
-def read(view: Layout, index: int, tensor: Tensor) -> Tensor:
+def read(layout: Layout, index: int, tensor: Tensor) -> Tensor:
     """The values of one input at every element, in the order of the result's memory, as `cuda/view.cuh` reads them."""
-    v, (row, column) = view.views[index], places(view)
+    v, (row, column) = layout.views[index], places(layout)
     offset = torch.zeros_like(row)
     if v.kind & WRAP:
         row = row // v.div % v.mod
@@ -96,27 +97,27 @@ def read(view: Layout, index: int, tensor: Tensor) -> Tensor:
         row = row % v.mod
     offset += row * v.row_stride if v.kind & ROW else 0
     offset += column if v.kind & COLUMN else 0
-    return memory(view.readable(index, tensor, tensor.device))[offset]
+    return memory(layout.readable(index, tensor))[offset]
 
 
-def in_memory_order(view: Layout, values: Tensor) -> Tensor:
+def in_memory_order(layout: Layout, values: Tensor) -> Tensor:
     """A broadcast tensor's values in the order of the result's memory."""
-    like_y = torch.empty_strided(view.shape, view.strides, dtype=values.dtype)
-    return like_y.copy_(values).as_strided((view.total,), (1,))
+    like_y = torch.empty_strided(layout.shape, layout.strides, dtype=values.dtype)
+    return like_y.copy_(values).as_strided((layout.total,), (1,))
 
 
-def partial_sums(view: Layout, index: int, grid: Grid, g: Tensor) -> Tensor:
+def partial_sums(layout: Layout, index: int, grid: Grid, g: Tensor) -> Tensor:
     """What the programs of a backward kernel leave, each summing the tiles that it walks over."""
-    v, (row, column) = view.views[index], places(view)
+    v, (row, column) = layout.views[index], places(layout)
     tile_row, tile_column = row // grid.tile_rows, column // grid.tile_cols
     row_program = tile_row % grid.row_programs if grid.row_step else tile_row
     column_program = tile_column % grid.col_programs if grid.col_step else tile_column
-    shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
-    out = torch.full((math.prod(shape),), torch.nan, dtype=view.accumulator)
+    shape = v.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs)
+    out = torch.full((math.prod(shape),), torch.nan, dtype=layout.accumulator)
     if v.kind & FULL == FULL:
-        at = row * view.cols + column
+        at = row * layout.cols + column
     elif v.kind & COLUMN:
-        at = row_program * view.cols + column
+        at = row_program * layout.cols + column
     elif v.kind & ROW:
         at = row * grid.col_programs + column_program
     else:
@@ -124,30 +125,30 @@ def partial_sums(view: Layout, index: int, grid: Grid, g: Tensor) -> Tensor:
     touched = torch.zeros(out.numel(), dtype=torch.float64).index_add_(0, at, g)
     out.copy_(touched)
     if v.expanded:  # of a folded layout's last row only the start is written
-        out[view.total :] = torch.nan
+        out[layout.total :] = torch.nan
     return out
 
 
-def gradients(view: Layout, tensors: Sequence[Tensor], grid: Grid, g: Tensor) -> list[Tensor]:
+def gradients(layout: Layout, tensors: Sequence[Tensor], grid: Grid, g: Tensor) -> list[Tensor]:
     """The gradient of every input, from the gradient `g` (float64) at every element in the order of memory."""
     written: list[Tensor | None] = []
     partials: list[Tensor | None] = []
-    for i, (v, tensor) in enumerate(zip(view.views, tensors, strict=True)):
-        out = None if v.expanded else view.gradient(i, tensor, torch.device("cpu"))
-        partial = view.partial(i, grid.row_programs, grid.col_programs, torch.device("cpu"))
+    for i, (v, tensor) in enumerate(zip(layout.views, tensors, strict=True)):
+        out = None if v.expanded else layout.gradient(i, tensor)
+        partial = layout.partial(i, grid.row_programs, grid.col_programs)
         if out is not None and not v.reduced:
-            out.as_strided((view.total,), (1,)).copy_(g)
+            out.as_strided((layout.total,), (1,)).copy_(g)
         elif out is not None and partial is None:
-            out.as_strided((out.numel(),), (1,)).copy_(partial_sums(view, i, grid, g))
+            out.as_strided((out.numel(),), (1,)).copy_(partial_sums(layout, i, grid, g))
         elif partial is not None:
-            partial.copy_(partial_sums(view, i, grid, g))
+            partial.copy_(partial_sums(layout, i, grid, g))
         if out is not None and partial is not None:
-            shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
+            shape = v.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs)
             assert math.prod(shape) == partial.numel()
             out.as_strided((out.numel(),), (1,)).copy_(partial.double().reshape(shape).sum((0, 2)).flatten())
         written.append(out)
         partials.append(partial)
-    return view.finished(written, partials, tensors)
+    return layout.finished(written, partials, tensors)
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -167,31 +168,31 @@ def steps(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
 
 def check(tensors: Sequence[Tensor], tile_rows: int = 8, tile_cols: int = 16, programs: int = 4) -> Layout:
     """Everything that a kernel relies on, for one call."""
-    view, expected = layout(tensors[0], tensors[1:]), torchs(tensors)
-    assert view.shape == expected.shape
-    assert view.dtype == expected.dtype
-    assert view.total == expected.numel()
-    assert len(view.views) == len(tensors)
-    if view.total == 0:
-        assert view.output(torch.device("cpu")).shape == expected.shape
-        return view
-    assert steps(view.shape, view.strides) == steps(expected.shape, expected.stride())
-    assert (view.rows - 1) * view.cols < view.total <= view.rows * view.cols
-    y = view.output(torch.device("cpu"))
-    assert y.shape == expected.shape and y.stride() == view.strides and y.dtype == expected.dtype
+    layout, expected = layout_of(tensors[0], tensors[1:]), torchs(tensors)
+    assert layout.shape == expected.shape
+    assert layout.dtype == expected.dtype
+    assert layout.total == expected.numel()
+    assert len(layout.views) == len(tensors)
+    if layout.total == 0:
+        assert layout.output().shape == expected.shape
+        return layout
+    assert steps(layout.shape, layout.strides) == steps(expected.shape, expected.stride())
+    assert (layout.rows - 1) * layout.cols < layout.total <= layout.rows * layout.cols
+    y = layout.output()
+    assert y.shape == expected.shape and y.stride() == layout.strides and y.dtype == expected.dtype
 
     for i, tensor in enumerate(tensors):
-        expected_values = in_memory_order(view, tensor.expand(view.shape))
-        assert torch.equal(read(view, i, tensor), expected_values), (view.views[i], tensor.shape, tensor.stride())
-        assert is_dense(tensor.shape, view.views[i].gradient_strides)
+        expected_values = in_memory_order(layout, tensor.expand(layout.shape))
+        assert torch.equal(read(layout, i, tensor), expected_values), (layout.views[i], tensor.shape, tensor.stride())
+        assert is_dense(tensor.shape, layout.views[i].gradient_strides)
 
-    grid = backward_grid(view, tile_rows, tile_cols, 1, walking(programs))
-    g = torch.randint(-3, 4, view.shape).double()
-    for i, got in enumerate(gradients(view, tensors, grid, in_memory_order(view, g))):
+    grid = backward_grid(layout, tile_rows, tile_cols, 1, walking(programs))
+    g = torch.randint(-3, 4, layout.shape).double()
+    for i, got in enumerate(gradients(layout, tensors, grid, in_memory_order(layout, g))):
         assert got.shape == tensors[i].shape and got.dtype == tensors[i].dtype
         wanted = g.sum_to_size(got.shape).to(got.dtype)
-        assert torch.equal(got, wanted), (view.views[i], got.shape, tensors[i].stride())
-    return view
+        assert torch.equal(got, wanted), (layout.views[i], got.shape, tensors[i].stride())
+    return layout
 
 
 @settings(max_examples=400)
@@ -209,7 +210,7 @@ def test_a_kernel_reads_and_writes_the_right_elements(tensors: list[Tensor]) -> 
 @settings(max_examples=60)
 @given(inputs(st.sampled_from([1, 2, 3, 40, 67]), most=2))
 def test_larger_sizes(tensors: list[Tensor]) -> None:
-    if layout(tensors[0], tensors[1:]).total > 200_000:
+    if layout_of(tensors[0], tensors[1:]).total > 200_000:
         tensors = [t[:2] if t.dim() == 5 and t.shape[0] > 1 else t for t in tensors]
     check(tensors, 4, 8, 3)
 
@@ -223,10 +224,10 @@ def test_empty(tensors: list[Tensor]) -> None:
 @pytest.mark.parametrize("scalar", [False, True])
 def test_one_long_row_is_folded(n: int, scalar: bool) -> None:
     tensors = [numbered((n,), torch.float32), torch.ones(()) if scalar else numbered((n,), torch.float32)]
-    view = check(tensors, 2, 1024, 2)
-    assert view.cols == min(n, FOLD) and view.rows == -(-n // FOLD)
+    layout = check(tensors, 2, 1024, 2)
+    assert layout.cols == min(n, FOLD) and layout.rows == -(-n // FOLD)
     # A tensor of any rank that is dense is one long row as well.
-    assert check([numbered((n, 1), torch.float32)]).rows == view.rows
+    assert check([numbered((n, 1), torch.float32)]).rows == layout.rows
 
 
 # ---- what must not be copied -----------------------------------------------------------------------------------------
@@ -261,24 +262,22 @@ NO_COPY = {
 @pytest.mark.parametrize("name", NO_COPY)
 def test_no_copy(name: str) -> None:
     tensors = NO_COPY[name]
-    view = check([t.detach() for t in tensors])
-    assert [v.copy for v in view.views] == [None] * len(tensors)
+    layout = check([t.detach() for t in tensors])
+    assert [v.copy for v in layout.views] == [None] * len(tensors)
     for i, tensor in enumerate(tensors):
-        assert view.readable(i, tensor, tensor.device) is tensor
+        assert layout.readable(i, tensor) is tensor
 
 
 def test_a_copy_is_no_larger_than_its_tensor() -> None:
     """Columns with gaps have no view; what stands in for them is as large as the tensor and not as the result."""
     x, bias = randn(6, 16)[:, ::2], randn(16)[::2]
-    view = check([x, bias])
-    assert (
-        view.readable(0, x, x.device).numel() == x.numel() and view.readable(1, bias, x.device).numel() == bias.numel()
-    )
+    layout = check([x, bias])
+    assert layout.readable(0, x).numel() == x.numel() and layout.readable(1, bias).numel() == bias.numel()
 
 
 def test_the_same_call_has_the_same_layout() -> None:
-    assert layout(randn(6, 8), [randn(8)]) is layout(randn(6, 8), [randn(8)])
-    assert layout(randn(6, 8), [randn(8)]) is not layout(randn(6, 8), [randn(8).double()])
+    assert layout_of(randn(6, 8), [randn(8)]) is layout_of(randn(6, 8), [randn(8)])
+    assert layout_of(randn(6, 8), [randn(8)]) is not layout_of(randn(6, 8), [randn(8).double()])
 
 
 # ---- dtypes ----------------------------------------------------------------------------------------------------------
@@ -289,10 +288,10 @@ def test_the_same_call_has_the_same_layout() -> None:
 @pytest.mark.parametrize("shapes", [((2, 3), (3,)), ((2, 3), ()), ((), (3,)), ((), ()), ((1,), ())], ids=str)
 def test_promotion(left: torch.dtype, right: torch.dtype, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     tensors = [torch.ones(s, dtype=d) for s, d in zip(shapes, (left, right), strict=True)]
-    view = layout(tensors[0], tensors[1:])
-    assert view.dtype == torchs(tensors).dtype
-    assert view.accumulator == (torch.float64 if view.dtype == torch.float64 else torch.float32)
-    assert view.bits == {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float64: 53}[view.dtype]
+    layout = layout_of(tensors[0], tensors[1:])
+    assert layout.dtype == torchs(tensors).dtype
+    assert layout.accumulator == (torch.float64 if layout.dtype == torch.float64 else torch.float32)
+    assert layout.bits == {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8, torch.float64: 53}[layout.dtype]
 
 
 # ---- sizes beyond 32 bits --------------------------------------------------------------------------------------------
@@ -317,22 +316,22 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     ids=lambda value: " ".join(str(tuple(t.shape)) for t in value) if isinstance(value, list) else str(value),
 )
 def test_more_than_2_to_the_31_elements(tensors: list[Tensor], rows: int, cols: int) -> None:
-    view = layout(tensors[0], tensors[1:])
-    assert (view.rows, view.cols) == (rows, cols)
-    assert view.total == torch.broadcast_shapes(*(t.shape for t in tensors)).numel() > 2**31
-    row, column = (view.total - 1) // view.cols, (view.total - 1) % view.cols
-    for v, t in zip(view.views, tensors, strict=True):
+    layout = layout_of(tensors[0], tensors[1:])
+    assert (layout.rows, layout.cols) == (rows, cols)
+    assert layout.total == torch.broadcast_shapes(*(t.shape for t in tensors)).numel() > 2**31
+    row, column = (layout.total - 1) // layout.cols, (layout.total - 1) % layout.cols
+    for v, t in zip(layout.views, tensors, strict=True):
         wrapped = row // v.div % v.mod if v.kind & WRAP else row
         last = (wrapped * v.row_stride if v.kind & ROW else 0) + (column if v.kind & COLUMN else 0)
         assert last == t.numel() - 1  # the last element is read for the last element of the result
     # A tile of the CUDA backend's; a grid's first axis ends at 2^31 - 1, the others at 65535.
-    width = min(256, power_of_two(-(-view.cols // 8)))
+    width = min(256, power_of_two(-(-layout.cols // 8)))
     tile = (1024 // width, width * 8)
-    for grid in (forward_grid(view, *tile), backward_grid(view, *tile, 132, Cut(4, 256, 256, 1))):
+    for grid in (forward_grid(layout, *tile), backward_grid(layout, *tile, 132, Cut(4, 256, 256, 1))):
         assert grid.axes[0] < 2**31 and max(grid.axes[1:]) <= MOST_PROGRAMS
         assert grid.axes[1] * grid.axes[2] == grid.row_programs and grid.axes[0] == grid.col_programs
-        covered(view, grid)
-    assert not view.narrow
+        covered(layout, grid)
+    assert not layout.narrow
 
 
 # ---- how it is cut into programs -------------------------------------------------------------------------------------
@@ -343,12 +342,12 @@ def walking(programs: int) -> Cut:
     return Cut(1, 1, 1, 1, least=programs, most=programs)
 
 
-def covered(view: Layout, grid: Grid) -> None:
+def covered(layout: Layout, grid: Grid) -> None:
     """The programs' tiles cover every row and every column, and hardly a program starts beyond the end."""
     assert grid.steps >= 1 and not (grid.row_step and grid.col_step)
     for size, programs, tile, step in (
-        (view.rows, grid.row_programs, grid.tile_rows, grid.row_step),
-        (view.cols, grid.col_programs, grid.tile_cols, grid.col_step),
+        (layout.rows, grid.row_programs, grid.tile_rows, grid.row_step),
+        (layout.cols, grid.col_programs, grid.tile_cols, grid.col_step),
     ):
         assert step in (0, tile * programs)
         beyond = programs // MOST_PROGRAMS + 1  # where the grid's second axis does not suffice
@@ -363,16 +362,16 @@ def covered(view: Layout, grid: Grid) -> None:
 )
 def test_grids_cover_everything(shape: tuple[int, ...], kinds: list[str], tile: tuple[int, int], programs: int) -> None:
     of = {"column": shape[-1:], "row": (*shape[:-1], 1), "scalar": (), "full": shape}
-    view = layout(torch.empty(shape, device="meta"), [torch.empty(of[k], device="meta") for k in kinds])
-    forward, backward = forward_grid(view, *tile), backward_grid(view, *tile, 1, walking(programs))
-    covered(view, forward)
-    covered(view, backward)
+    layout = layout_of(torch.empty(shape, device="meta"), [torch.empty(of[k], device="meta") for k in kinds])
+    forward, backward = forward_grid(layout, *tile), backward_grid(layout, *tile, 1, walking(programs))
+    covered(layout, forward)
+    covered(layout, backward)
     assert forward.steps == 1
     # A program walks only where all that it sums stays in place.
     if backward.row_step and backward.steps > 1:
-        assert not any(v.reduced and v.kind & FULL == ROW for v in view.views)
+        assert not any(v.reduced and v.kind & FULL == ROW for v in layout.views)
     if backward.col_step and backward.steps > 1:
-        assert not any(v.reduced and v.kind & FULL == COLUMN for v in view.views)
+        assert not any(v.reduced and v.kind & FULL == COLUMN for v in layout.views)
 
 
 @pytest.mark.parametrize(
@@ -397,17 +396,17 @@ def test_tall_tiles_leave_no_partial_sums(
     shape: tuple[int, ...], dtype: torch.dtype, kinds: list[str], width: int
 ) -> None:
     of = {"column": shape[-1:], "row": (*shape[:-1], 1), "scalar": (), "full": shape}
-    view = layout(meta(*shape, dtype=dtype), [meta(*of[kind], dtype=dtype) for kind in kinds])
+    layout = layout_of(meta(*shape, dtype=dtype), [meta(*of[kind], dtype=dtype) for kind in kinds])
     cut = Cut(rows=2, threads=128, across=32, resident=1)
-    found = Tall(bytes=64, tiles=16).fitted(cut, view, 132)
+    found = Tall(bytes=64, tiles=16).fitted(cut, layout, 132)
     assert (found is not cut) == bool(width)
     if width:
         wide = 16 // dtype.itemsize
         tile = (found.rows * found.threads // found.across, found.across * wide)
-        grid = backward_grid(view, *tile, 132, found)
-        covered(view, grid)
+        grid = backward_grid(layout, *tile, 132, found)
+        covered(layout, grid)
         assert grid.row_programs == 1 and grid.steps <= 16 and grid.tile_cols * dtype.itemsize == width
-        assert view.partial(1, grid.row_programs, grid.col_programs, torch.device("cpu")) is None
+        assert layout.partial(1, grid.row_programs, grid.col_programs) is None
 
 
 @pytest.mark.parametrize(
@@ -427,26 +426,26 @@ def test_tall_tiles_leave_no_partial_sums(
     ids=str,
 )
 def test_tall_tiles_give_each_multiprocessor_a_program(shape: tuple[int, ...], dtype: torch.dtype, width: int) -> None:
-    view = layout(meta(*shape, dtype=dtype), [meta(shape[-1], dtype=dtype)])
+    layout = layout_of(meta(*shape, dtype=dtype), [meta(shape[-1], dtype=dtype)])
     cut, many = Cut(rows=2, threads=128, across=32, resident=1), Tall(bytes=64, tiles=1)
-    assert many.fitted(cut, view, 132) is cut
-    found = replace(many, rows=4).fitted(cut, view, 132)
+    assert many.fitted(cut, layout, 132) is cut
+    found = replace(many, rows=4).fitted(cut, layout, 132)
     assert (found is not cut) == bool(width)
     if width:
         wide = 16 // dtype.itemsize
-        grid = backward_grid(view, found.rows * found.threads // found.across, found.across * wide, 132, found)
-        covered(view, grid)
+        grid = backward_grid(layout, found.rows * found.threads // found.across, found.across * wide, 132, found)
+        covered(layout, grid)
         assert found.rows == 4 and grid.tile_cols * dtype.itemsize == width
         assert grid.row_programs == 1 and 119 <= grid.col_programs <= 132
 
 
 def test_partial_sums_are_few() -> None:
     """The gradient of a feature vector must not cost memory in proportion to the data."""
-    view = layout(meta(16384, 8192), [meta(8192)])
-    grid = backward_grid(view, 8, 256, 132, Cut(2, 128, 32, 4))
+    layout = layout_of(meta(16384, 8192), [meta(8192)])
+    grid = backward_grid(layout, 8, 256, 132, Cut(2, 128, 32, 4))
     assert grid.steps == TILES
-    partial = math.prod(view.views[1].sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs))
-    assert partial <= view.total // 50
+    partial = math.prod(layout.views[1].sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs))
+    assert partial <= layout.total // 50
 
 
 @pytest.mark.parametrize(
@@ -461,7 +460,7 @@ def test_partial_sums_are_few() -> None:
     ids=lambda value: str([tuple(t.shape) for t in value]) if isinstance(value, list) else str(value),
 )
 def test_when_32_bits_hold_all_offsets(tensors: list[Tensor], narrow: bool) -> None:
-    assert layout(tensors[0], tensors[1:]).narrow is narrow
+    assert layout_of(tensors[0], tensors[1:]).narrow is narrow
 
 
 # ---- calls that make no sense ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -21,11 +22,12 @@ from torch import Tensor
 
 import dualop
 from dualop import replay
-from dualop.backends import registry
+from dualop.backends import cuda, registry
 from dualop.backends.registry import BACKENDS
 from dualop.build.build import Build
+from dualop.build.sources import folder
 from dualop.errors import DtypeError, LayoutError, ShapeError
-from dualop.launch.layout import layout
+from dualop.launch.layout import layout_of
 from dualop.replay import triton as native_triton
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,9 +67,9 @@ def check_same_bits(case: Case, device: torch.device, backend: str, by_python: l
     assert by_python == ["forward", "backward"]
     by_python.clear()
     same(first, run(op, x, operands, gy, backend))
-    view = layout(x, operands)
-    direct = view.total > 0 and all(v.copy is None for v in view.views)
-    written = direct and gy.stride() == view.strides and not any(v.expanded for v in view.views)
+    layout = layout_of(x, operands)
+    direct = layout.total > 0 and all(v.copy is None for v in layout.views)
+    written = direct and gy.stride() == layout.strides and not any(v.expanded for v in layout.views)
     assert ("forward" in by_python) == (not direct)
     assert ("backward" in by_python) == (not written)
 
@@ -125,14 +127,14 @@ def test_transforms_and_tracers_are_seen(name: str, pair: tuple[Tensor, Tensor])
 
     @torch._dynamo.disable
     def inside(x: Tensor) -> None:
-        found.append(calls(pair[0], (pair[1],)))
+        found.append((calls(pair[0], (pair[1],)), calls.unknown(None, pair)))
 
     def function(x: Tensor) -> Tensor:
         inside(x)
         return x.sin().sum()
 
     WATCHERS[name](function)(torch.randn(3, device=pair[0].device))
-    assert found == [False]
+    assert found == [(None, False)]
     assert isinstance(calls(pair[0], (pair[1],)), Tensor), "a switch is left on"
 
 
@@ -140,8 +142,9 @@ def test_transforms_and_tracers_are_seen(name: str, pair: tuple[Tensor, Tensor])
 def test_modes_are_seen(mode: Any, pair: tuple[Tensor, Tensor]) -> None:
     calls = known(*pair)
     with mode():
-        assert calls(pair[0], (pair[1],)) is False
-        assert calls.backward((False, False, True, True), pair[0], *pair) is False
+        assert calls(pair[0], (pair[1],)) is None and not calls.unknown(None, pair)
+        needs = (False, True, True)
+        assert calls.backward(needs, pair[0], *pair) is None and not calls.unknown(needs, (pair[0], *pair))
     assert isinstance(calls(pair[0], (pair[1],)), Tensor)
 
 
@@ -149,14 +152,16 @@ def test_modes_are_seen(mode: Any, pair: tuple[Tensor, Tensor]) -> None:
 def test_special_tensors_are_seen(name: str) -> None:
     x = torch.randn(4)
     calls, special = known(x, x.clone()), SPECIAL[name](x)
-    assert calls(x, (special,)) is False and calls(special, (x,)) is False
+    assert calls(x, (special,)) is None and calls(special, (x,)) is None
+    assert not calls.unknown(None, (x, special)) and not calls.unknown(None, (special, x))
 
 
 def test_what_is_no_call_is_refused(pair: tuple[Tensor, Tensor]) -> None:
     calls = known(*pair)
-    assert calls(*pair) is False and calls() is False and calls(pair[0], ()) is None
+    assert calls(*pair) is None and calls() is None and calls(pair[0], ()) is None
+    assert calls.unknown(None, pair[:1]) and not calls.unknown(None, pair)
     with torch.enable_grad():
-        assert calls.backward((False, False, True, True), pair[0], *pair) is False
+        assert calls.backward((False, True, True), pair[0], *pair) is None
     with pytest.raises(TypeError):
         calls.backward(pair[0])
 
@@ -212,12 +217,12 @@ def test_a_launch_that_fails_goes_python_s_way(pair: tuple[Tensor, Tensor], by_p
     calls, (x, a) = known(*pair), pair
     launch = (replay.record.address(library.fails), [0] * 3, [1, 2, 0], [0, 1, 2], 0, None)
     calls.learn(None, (x, a), (torch.empty_like(x),), (launch,), (0,))
-    assert calls(x, (a,)) is False
+    assert calls(x, (a,)) is None
     torch.testing.assert_close(OP(x, a, backend="cuda"), torch.tanh(x + a))
     assert by_python == ["forward"] * 2
     not_allowed = (*launch[:5], lambda: False)
     calls.learn(None, (x, a), (torch.empty_like(x),), (not_allowed,), (0,))
-    assert calls(x, (a,)) is False
+    assert calls(x, (a,)) is None
     with pytest.raises(IndexError):
         calls.learn(None, (x, a), (), (launch,), (0,))
 
@@ -275,9 +280,9 @@ def said(process: subprocess.Popen) -> str:
 def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
     script = (
         "import time; from dualop import replay; now = time.perf_counter\n"
-        "start = now(); first = replay.calls('relu', 'cuda', 'cuda', None); took = now() - start\n"
-        "while replay.calls('relu', 'cuda', 'cuda', None) is None and now() < start + 100: time.sleep(0.05)\n"
-        "print(first, took < 1, len(replay.calls('relu', 'auto', 'cuda', None)))\n"
+        "start = now(); first = replay.calls('relu', 'cuda', 'cuda', None, None); took = now() - start\n"
+        "while replay.calls('relu', 'cuda', 'cuda', None, None) is None and now() < start + 100: time.sleep(0.05)\n"
+        "print(first, took < 1, len(replay.calls('relu', 'auto', 'cuda', None, None)))\n"
     )
     processes = [python(script, DUALOP_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [said(process) for process in processes] == ["None True 0"] * 2
@@ -297,11 +302,27 @@ def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
 def test_without_the_extension_python_serves(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
     script = (
         "import torch, dualop; from dualop import replay\n"
-        "assert not replay.load() and replay.calls('relu', 'cuda', 'cuda', None) is None\n"
+        "assert not replay.load() and replay.calls('relu', 'cuda', 'cuda', None, None) is None\n"
         "x = torch.ones(3); assert dualop.chain('relu')(x, backend='reference').equal(x) and not replay.known\n"
         "print(replay.why_not)\n"
     )
     assert said(python(script, DUALOP_CACHE_DIR=str(tmp_path), **variables)).startswith(expected)
+
+
+# ---- the words of a launch -------------------------------------------------------------------------------------------
+
+
+def fields(header: str, struct: str) -> list[str]:
+    """The names of a C++ struct's members in order, each of 8 bytes, up to its first function."""
+    text = (folder("cuda") / header).read_text("utf-8")
+    body = text[text.index(f"struct {struct} {{") :].split("{", 1)[1].split("};")[0].split("(")[0]
+    found = re.findall(r"^ +(?:const )?(?:word|void\*) ([a-z_, ]+);", body, re.MULTILINE)
+    return [name for line in found for name in line.split(", ")]
+
+
+def test_the_words_of_a_launch_are_those_of_its_struct() -> None:
+    assert fields("view.cuh", "View") == list(cuda.ViewWords._fields)
+    assert fields("library.cuh", "Launch") + fields("kernels.cuh", "Arguments") == list(cuda.LaunchWords._fields)
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------

@@ -160,7 +160,8 @@ def test_bias_and_add_have_one_gradient_from_one_reduction(monkeypatch: pytest.M
         original = getattr(BACKENDS["triton"], method)
 
         def watched(*arguments, method=method, original=original):
-            calls.append((method, str(arguments[0]), arguments[-1] if method == "backward" else len(arguments[-1])))
+            last = list(arguments[-1]) if method == "backward" else len(arguments[-1])
+            calls.append((method, str(arguments[0]), last))
             return original(*arguments)
 
         monkeypatch.setattr(BACKENDS["triton"], method, watched)

@@ -25,7 +25,7 @@ from dualop.backends import registry
 from dualop.errors import ChainError, DualopError
 from dualop.language.stages import STAGES
 from dualop.language.syntax import Chain
-from dualop.launch.layout import layout
+from dualop.launch.layout import layout_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), *([pytest.mark.gpu] if HAS_GPU and not INTERPRETED else [])]
 
@@ -59,7 +59,7 @@ class Sample:
     @property
     def build(self) -> Any:
         """What a compiler would have to make for it."""
-        kinds = tuple(v.kind for v in layout(self.tensors[0], self.tensors[1:]).views)
+        kinds = tuple(v.kind for v in layout_of(self.tensors[0], self.tensors[1:]).views)
         return self.chain.text, kinds, tuple(t.dtype for t in self.tensors)
 
 
@@ -137,7 +137,7 @@ def _chosen(backend: str, samples: list[Sample], stage: str) -> list[Sample]:
     elements, most, builds = BUDGETS[backend]
     small = [s for s in samples if max(t.numel() for t in s.tensors) <= elements]
     example = dualop.chain(STAGES[stage].example.split(" | ")[-1]).text
-    full = layout(torch.empty(2, 3), []).views[0].kind
+    full = layout_of(torch.empty(2, 3), []).views[0].kind
     small.sort(key=lambda s: (s.chain.text != example, set(s.build[1]) != {full}))
     allowed = list(dict.fromkeys(s.build for s in small))[:builds]
     return [s for s in small if s.build in allowed][:most]

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
+from named import parse
 from torch import Tensor
 
 import dualop
 from dualop.backends.reference import evaluate
 from dualop.language.program import EVERYTHING, Interval, Step, output, steps
-from dualop.language.slopes import parse
 from dualop.language.stages import STAGES
 
 CALLS = [call for stage in STAGES.values() if not stage.operand for call in dualop.chain(stage.example).calls]

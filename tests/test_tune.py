@@ -19,7 +19,7 @@ from dualop.bench.workloads import BACKWARD, FORWARD, Workload
 from dualop.build import locks
 from dualop.errors import BackendUnavailable
 from dualop.launch import tuning as store
-from dualop.launch.layout import layout
+from dualop.launch.layout import layout_of
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
 def subject(text="add | relu", shape=(100, 1000), direction="forward", backend="triton", dtype=torch.float32):
     op = dualop.chain(text)
     x = torch.zeros(shape, dtype=dtype)
-    return store.subject(backend, op, layout(x, [x[0]] * len(op.operands)), direction)
+    return store.subject(backend, op, layout_of(x, [x[0]] * len(op.operands)), direction)
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_subjects_share_a_bucket_of_powers_of_two():
     ]  # fmt: skip
     assert len({subject(), *others}) == 7
     x = torch.zeros(100, 1000)
-    rows = store.subject("triton", dualop.chain("add | relu"), layout(x, [x[:, :1]]), "forward")
+    rows = store.subject("triton", dualop.chain("add | relu"), layout_of(x, [x[:, :1]]), "forward")
     assert rows != subject()  # an operand along the rows
 
 

@@ -16,7 +16,7 @@ from dualop.bench import tuning
 from dualop.bench.workloads import BACKWARD, FORWARD, Workload
 from dualop.launch import tuning as store
 from dualop.launch.grid import Cut, backward_grid, power_of_two
-from dualop.launch.layout import DTYPES, layout
+from dualop.launch.layout import DTYPES, layout_of
 
 CPU = torch.device("cpu")
 OP = dualop.chain("add | relu")
@@ -52,16 +52,16 @@ def launches(monkeypatch):
     def note(backend, direction, grid):
         seen.append((backend, direction, (grid.tile_rows, grid.tile_cols), (grid.row_programs, grid.col_programs)))
 
-    def cuda_launch(plan, backward, vector, device, *more):
-        note("cuda", BACKWARD if backward else FORWARD, plan.grid(backward, vector, device)[0])
-        return original_cuda(plan, backward, vector, device, *more)
+    def cuda_run(self, launcher, y, gy, views):
+        note("cuda", FORWARD if gy is None else BACKWARD, self.grid)
+        return original_cuda(self, launcher, y, gy, views)
 
     def triton_launch(self, pointers, inputs):
         note("triton", BACKWARD if "NEEDS" in self.numbers else FORWARD, self.grid)
         return original_triton(self, pointers, inputs)
 
-    original_cuda, original_triton = cuda._launch, triton.Launch.__call__
-    monkeypatch.setattr(cuda, "_launch", cuda_launch)
+    original_cuda, original_triton = cuda.Launch._run, triton.Launch.__call__
+    monkeypatch.setattr(cuda.Launch, "_run", cuda_run)
     monkeypatch.setattr(triton.Launch, "__call__", triton_launch)
     return seen
 
@@ -77,7 +77,7 @@ def results(backend, x, bias, gy, op=OP):
 
 
 def keep(backend, direction, x, bias, op=OP, cut=None):
-    what = store.subject(backend, op, layout(x, [bias]), direction)
+    what = store.subject(backend, op, layout_of(x, [bias]), direction)
     store.keep(what, CPU, cut or CUTS[backend], 1.0, 2.0)
     registry.forget_launches()
 
@@ -149,10 +149,10 @@ def test_a_second_call_looks_nothing_up(backend, monkeypatch):
 
 def test_only_rows_and_registers_make_another_library():
     x, bias, _ = tensors()
-    view = layout(x, [bias])
-    signature = cuda._signature(view, [x.dtype, bias.dtype])
+    layout = layout_of(x, [bias])
+    signature = cuda._signature(layout, [x.dtype, bias.dtype])
     name = lambda **more: cuda._build(OP, signature, CPU, (base[0], replace(base[1], **more))).name
-    base = cuda._cuts(OP, view, CPU)
+    base = cuda._cuts(OP, layout)
     assert len({name(), name(threads=64, across=64), name(least=1, most=2)}) == 1
     assert len({name(), name(rows=4), name(resident=8)}) == 3
     assert cuda.source(OP, signature, True) == cuda.source(OP, signature, True, base)
@@ -167,17 +167,17 @@ def test_only_rows_and_registers_make_another_library():
 @pytest.mark.parametrize("shape", [(16384, 8192), (128, 512), (1, 16), (5,), (70_000, 3)], ids=str)
 def test_candidates(backend, direction, dtype, shape):
     x = torch.empty(shape, dtype=dtype, device="meta")
-    view = layout(x, [torch.empty(shape[-1:], dtype=dtype, device="meta")])
-    present = BACKENDS[backend].heuristic(OP, view, direction, CPU)
-    found = BACKENDS[backend].candidates(view, direction, present)
+    layout = layout_of(x, [torch.empty(shape[-1:], dtype=dtype, device="meta")], CPU)
+    present = BACKENDS[backend].heuristic(OP, layout, direction)
+    found = BACKENDS[backend].candidates(layout, direction, present)
     assert found[0] == present and len(set(found)) == len(found) <= 41
     assert shape != (16384, 8192) or len(found) >= 20
     for cut in found:
         assert 32 <= cut.threads <= 256 and cut.across <= cut.threads
         assert all(n & (n - 1) == 0 for n in (cut.rows, cut.threads, cut.across))
         assert backend == "triton" or cut.threads >= 64
-    near = store.near(view, direction, present)
-    assert bool(near) == store.sums(view, direction)
+    near = store.near(layout, direction, present)
+    assert bool(near) == store.sums(layout, direction)
     assert all(replace(cut, least=present.least, most=present.most) == present for cut in near)
 
 
@@ -185,11 +185,11 @@ def test_candidates(backend, direction, dtype, shape):
 @pytest.mark.parametrize("shared", [91 << 10, 155 << 10, 219 << 10])
 def test_tiles_under_way_fit_into_shared_memory(count, shared):
     x = torch.empty(4096, 4096, device="meta")
-    view = layout(x, [torch.empty(4096, device="meta"), *[x] * count])
-    cut = triton.TALL[view.dtype].fitted(triton.BACKWARD[view.dtype], view, 132)
-    grid = backward_grid(view, *triton._tile(view, cut), 132, cut)
+    layout = layout_of(x, [torch.empty(4096, device="meta"), *[x] * count])
+    cut = triton.TALL[layout.dtype].fitted(triton.BACKWARD[layout.dtype], layout, 132)
+    grid = backward_grid(layout, *triton._tile(layout, cut), 132, cut)
     each = (2 + count) * grid.tile_rows * grid.tile_cols * 4  # x, the operands and gy
-    stages = triton._stages(view, grid, shared)
+    stages = triton._stages(layout, grid, shared)
     assert 1 <= stages <= triton.STAGES and (stages - 1) * each <= shared
     assert stages == triton.STAGES or stages * each > shared
     assert (grid.row_programs == 1) == (count <= 1) and (count > 1 or stages > 1)
@@ -270,9 +270,9 @@ def test_what_an_earlier_search_found_is_tried_again():
 
 def test_every_launch_is_compiled_before():
     one = task(BACKWARD, "cuda", (64, 512))
-    chosen = [cuda._cuts(c.chain, layout(c.tensors[0], c.tensors[1:]), CPU, c.cuts)[1] for c in tuning.planned(one)]
+    chosen = [cuda._cuts(c.chain, layout_of(c.tensors[0], c.tensors[1:], CPU), c.cuts)[1] for c in tuning.planned(one)]
     assert chosen == one.candidates and len(chosen) > 1
-    assert cuda._cuts(OP, one.work.layout, CPU)[1] == one.heuristic
+    assert cuda._cuts(OP, one.work.layout)[1] == one.heuristic
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""One module a backend; each launches one chain and knows nothing of the others."""
+"""Run one chain each: every backend is one module, which knows nothing of the others."""

@@ -1,4 +1,4 @@
-"""What a backend has to say of itself, and what the two that launch kernels on a GPU share.
+"""Define what a backend answers, and what the two that launch kernels on a GPU share.
 
 `Backend` is the contract. The rest of dualop asks a backend through it and knows none by name, so that a new one is a
 class and a line in `registry.py`, or an entry point (CONTRIBUTING.md, "Add a backend").
@@ -19,8 +19,9 @@ from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.language.slopes import Slope
 from dualop.language.syntax import Chain
 from dualop.launch import tuning
+from dualop.launch.checks import device_of
 from dualop.launch.grid import Cut, Grid
-from dualop.launch.layout import Layout, device_of, layout
+from dualop.launch.layout import Layout, layout_of
 
 Progress = Callable[[int, int], None]
 NO_GPU = "no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels on CPU tensors"
@@ -28,7 +29,7 @@ NO_GPU = "no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels o
 
 @dataclass(frozen=True)
 class Planned:
-    """A call whose kernels are to be compiled ahead.
+    """Describe a call whose kernels are to be compiled ahead.
 
     `tensors` are x and the operands. Only shapes, strides and dtypes count, so meta tensors do; `device` is where the
     call will run. `needs` says which of their gradients it will ask for (None: all), `directions` which kernels it
@@ -44,19 +45,19 @@ class Planned:
 
     @classmethod
     def of(cls, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Planned:
-        """A call with these tensors, where they are."""
+        """Return a call with these tensors, on the device where they are."""
         return cls(chain, (x, *operands), device_of(x, operands))
 
 
 class Backend(ABC):
-    """Runs a chain forward and backward, or says why it cannot.
+    """Run a chain forward and backward, or say why that cannot be done.
 
     `forward` and `backward` get tensors that passed `layout.validate`, and only where `reasons` is empty. They write no
     input, and write their results to memory of their own.
     """
 
     name: str
-    # Kernels run in an interpreter or on the host, slowly, to be tested: "auto" leaves CPU tensors to others then.
+    # Its kernels run in an interpreter or on the host, slowly, for tests: "auto" leaves CPU tensors to others then.
     interpreted: bool = False
     # It tells dualop/replay/record.py of every launch, so that C++ may make a known call again.
     replays: bool = False
@@ -87,14 +88,14 @@ class Backend(ABC):
     def source(self, chain: Chain) -> str:
         """Return the text that is compiled for a contiguous float32 x and one feature vector an operand."""
 
-    def heuristic(self, chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut | None:
+    def heuristic(self, chain: Chain | Slope, layout: Layout, direction: str) -> Cut | None:
         """Return how a kernel is cut where nobody searched for this call; None if there is nothing to choose.
 
         A backend that returns a Cut has `forward` and `backward` take another one as `cut=`.
         """
         return None
 
-    def candidates(self, view: Layout, direction: str, present: Cut) -> list[Cut]:
+    def candidates(self, layout: Layout, direction: str, present: Cut) -> list[Cut]:
         """Return the cuts that `dualop tune` tries, `present` first."""
         return [present]
 
@@ -112,11 +113,11 @@ class Backend(ABC):
 
 
 class Launch(Protocol):
-    """A kernel's launch, all but the addresses."""
+    """Describe a kernel's launch, except for the addresses."""
 
     @property
     def grid(self) -> Grid:
-        """How the layout is cut."""
+        """Return how the layout is cut."""
 
     def forward(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
         """Write y."""
@@ -128,11 +129,11 @@ class Launch(Protocol):
         partials: Sequence[Tensor | None],
         gradients: Sequence[Tensor | None],
     ) -> None:
-        """Write the gradients, those that have partial sums by way of these."""
+        """Write the gradients; a gradient that has partial sums is summed from these."""
 
 
 class GpuBackend(Backend):
-    """Launches one kernel forward and one backward, of a kernel language that functions.py knows by `name`.
+    """Launch one kernel forward and one backward, of a kernel language that functions.py knows by `name`.
 
     With DUALOP_INTERPRET=1 the same kernels run on CPU tensors.
     """
@@ -149,8 +150,7 @@ class GpuBackend(Backend):
     def launch(
         self,
         chain: Chain | Slope,
-        view: Layout,
-        device: torch.device,
+        layout: Layout,
         needs: tuple[bool, ...] | None,
         cut: Cut | None,
         tensors: Sequence[Tensor],
@@ -172,15 +172,15 @@ class GpuBackend(Backend):
             return [f"has no kernels for {device.type} tensors"]
         return [*self.missing(device.type == "cpu"), *lacking(self.name, chain)]
 
-    def candidates(self, view: Layout, direction: str, present: Cut) -> list[Cut]:
-        return tuning.candidates(self.space, view, direction, present)
+    def candidates(self, layout: Layout, direction: str, present: Cut) -> list[Cut]:
+        return tuning.candidates(self.space, layout, direction, present)
 
     def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor], cut: Cut | None = None) -> Tensor:
-        device, view = device_of(x, operands), layout(x, operands)
-        y = view.output(device)
-        if view.total:
-            inputs = _readable(view, (x, *operands), device)
-            self.launch(chain, view, device, None, cut, (y, *inputs)).forward(y, inputs)
+        layout = layout_of(x, operands)
+        y = layout.output()
+        if layout.total:
+            inputs = _readable(layout, (x, *operands))
+            self.launch(chain, layout, None, cut, (y, *inputs)).forward(y, inputs)
         return y
 
     def backward(
@@ -192,34 +192,31 @@ class GpuBackend(Backend):
         needs: Sequence[bool],
         cut: Cut | None = None,
     ) -> list[Tensor]:
-        tensors, device, view = (x, *operands), device_of(x, operands), layout(x, operands)
-        if not view.total:
-            return [view.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
-        inputs = _readable(view, tensors, device)
-        if gy.stride() != view.strides or gy.dtype != view.dtype:
-            gy = view.output(device).copy_(gy)
-        launch = self.launch(chain, view, device, tuple(needs), cut, (gy, *inputs))
+        tensors, layout = (x, *operands), layout_of(x, operands)
+        if not layout.total:
+            return [layout.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
+        inputs = _readable(layout, tensors)
+        if gy.stride() != layout.strides or gy.dtype != layout.dtype:
+            gy = layout.output().copy_(gy)
+        launch = self.launch(chain, layout, tuple(needs), cut, (gy, *inputs))
         grid = launch.grid
         partials = [
-            view.partial(i, grid.row_programs, grid.col_programs, device) if need else None
-            for i, need in enumerate(needs)
+            layout.partial(i, grid.row_programs, grid.col_programs) if need else None for i, need in enumerate(needs)
         ]
         gradients = [
-            view.gradient(i, t, device) if need and not v.expanded else None
-            for i, (t, need, v) in enumerate(zip(tensors, needs, view.views, strict=True))
+            layout.gradient(i, t) if need and not view.expanded else None
+            for i, (t, need, view) in enumerate(zip(tensors, needs, layout.views, strict=True))
         ]
         launch.backward(gy, inputs, partials, gradients)
-        return view.finished(gradients, partials, tensors)
+        return layout.finished(gradients, partials, tensors)
 
-    def chosen(
-        self, chain: Chain | Slope, view: Layout, direction: str, device: torch.device, cut: Cut | None = None
-    ) -> Cut:
+    def chosen(self, chain: Chain | Slope, layout: Layout, direction: str, cut: Cut | None = None) -> Cut:
         """Return `cut`, else what `dualop tune` found for this call, else the heuristic's choice."""
         if cut is not None:
             return cut
-        default: Any = self.heuristic(chain, view, direction, device)
-        return tuning.chosen(self.name, chain, view, direction, device, default)
+        default: Any = self.heuristic(chain, layout, direction)
+        return tuning.chosen(self.name, chain, layout, direction, default)
 
 
-def _readable(view: Layout, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    return [view.readable(i, t, device) for i, t in enumerate(tensors)]
+def _readable(layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [layout.readable(i, t) for i, t in enumerate(tensors)]

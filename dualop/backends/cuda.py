@@ -1,7 +1,7 @@
-"""The CUDA backend: a chain's kernels from `cuda/`, compiled by load_inline, called through ctypes.
+"""Define the CUDA backend: it has a chain's kernels from `cuda/` compiled by load_inline, and calls them by ctypes.
 
 A library is compiled for a chain, the result's dtype and the inputs' dtypes and kinds (dualop/launch/layout.py). Its
-launchers take one block of 8-byte words, laid out as `Launch` in cuda/library.cuh.
+launchers take one block of 8-byte words, those of `LaunchWords` and of a `ViewWords` for each input.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import ctypes
 import struct
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ from dualop.language.program import Step, curved, steps
 from dualop.language.slopes import Slope, is_slope
 from dualop.language.syntax import Chain
 from dualop.launch import tuning
-from dualop.launch.grid import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.launch.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, layout
+from dualop.launch.grid import Cut, Grid, Tall, backward_grid, ceil_div, forward_grid, multiprocessors, power_of_two
+from dualop.launch.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, layout_of
 from dualop.replay.record import Word, launched, number
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
@@ -48,8 +49,6 @@ SPACE = tuning.Space(
     summing=((128, 32), (256, 2), (256, 4), (256, 32), (256, 64)),
 )
 
-STREAM = 6  # its place among a launch's words
-
 _missing_tools = lru_cache(maxsize=2)(build.missing_tools)
 
 # The result's dtype, the inputs' dtypes and kinds, and whether 32 bits hold every index.
@@ -58,10 +57,10 @@ Cuts = tuple[Cut, Cut]  # of the forward and the backward kernel
 
 
 def source(chain: Chain | Slope, signature: Signature, host: bool, cuts: Cuts | None = None) -> str:
-    """The whole text that is compiled: the kernels, the chain as a type, and the exported launchers.
+    """Return the whole text that is compiled: the kernels, the chain as a type, and the exported launchers.
 
-    Of `cuts`, by default the heuristic's, the rows and the registers are compiled in; the threads come with a launch.
-    A slope has a library of its own, so that a chain which nobody differentiates twice is not compiled for it.
+    The rows and the registers of `cuts`, by default the heuristic's, are compiled in; a launch passes the threads. A
+    slope has a library of its own, so that a chain which nobody differentiates twice is not compiled for it.
     """
     dtype, inputs, narrow = signature
     index = "int" if narrow else "long long"
@@ -93,7 +92,7 @@ def _stage(step: Step, bent: bool) -> str:
 
 
 def _number(value: float) -> str:
-    """The double exactly: hexadecimal, or what the compiler has for infinity."""
+    """Return the double as exact C++ text: hexadecimal, or what the compiler has for infinity."""
     if value in (float("inf"), float("-inf")):
         return f"number({'-' if value < 0 else ''}__builtin_huge_val())"
     return f"number({value.hex()})"
@@ -119,69 +118,58 @@ def _build(chain: Chain | Slope, signature: Signature, device: torch.device, cut
     return build.Build("host" if host else "cuda", source(chain, signature, host, cuts), host, arch)
 
 
-def _signature(view: Layout, dtypes: Iterable[torch.dtype]) -> Signature:
-    return view.dtype, tuple((t, v.kind) for t, v in zip(dtypes, view.views, strict=True)), view.narrow
+def _signature(layout: Layout, dtypes: Iterable[torch.dtype]) -> Signature:
+    return layout.dtype, tuple((t, view.kind) for t, view in zip(dtypes, layout.views, strict=True)), layout.narrow
 
 
-@dataclass
-class Plan:
-    """All of a call that its tensors' addresses do not change."""
+class ViewWords(NamedTuple):
+    """Hold one input of a launch, in the order of `View` in cuda/view.cuh."""
 
-    library: ctypes.CDLL
-    view: Layout
-    cuts: Cuts
-    wide: int
-    fixed: dict[tuple[bool, bool], tuple[Grid, tuple[int, ...]]] = field(default_factory=dict)
-
-    def grid(self, backward: bool, vector: bool, device: torch.device) -> tuple[Grid, tuple[int, ...]]:
-        """The grid, and the launch's grid and block."""
-        known = self.fixed.get((backward, vector))
-        if known is None:
-            width = self.wide if vector else 1
-            cut = self.cuts[backward]
-            across = cut.across if vector else max(cut.across, 32)  # tall tiles are narrow in accesses of 16 bytes only
-            x = min(across, power_of_two(-(-self.view.cols // width)))
-            y = cut.threads // x
-            tile = (y * cut.rows, x * width)
-            if backward:
-                grid = backward_grid(self.view, *tile, multiprocessors(device), cut)
-            else:
-                grid = forward_grid(self.view, *tile)
-            known = self.fixed[backward, vector] = grid, (*grid.axes, x, y)
-        return known
+    data: Word
+    div: int
+    mod: int
+    row_stride: int
+    outer_stride: int
+    gradient: Word = None
+    sum: Word = None
+    outer: int = 0
+    kept: int = 0
+    inner: int = 0
+    columns: int = 0
 
 
-@lru_cache(maxsize=1024)
-def _plan(
-    chain: Chain | Slope,
-    view: Layout,
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-    given: tuple[tuple[str, Cut], ...] = (),
-) -> Plan:
-    cuts = _cuts(chain, view, device, given)
-    library = _build(chain, _signature(view, dtypes), device, cuts).load()
-    for launcher in [library.dualop_backward] + ([] if is_slope(chain) else [library.dualop_forward]):
-        launcher.argtypes, launcher.restype = [ctypes.c_char_p], ctypes.c_int
-    library.dualop_error_text.argtypes, library.dualop_error_text.restype = [ctypes.c_int], ctypes.c_char_p
-    return Plan(library, view, cuts, 16 // view.dtype.itemsize)
+class LaunchWords(NamedTuple):
+    """Hold a launch, in the order of `Launch` in cuda/library.cuh; the words of each input's view follow."""
+
+    vector: int
+    grid_x: int
+    grid_y: int
+    grid_z: int
+    block_x: int
+    block_y: int
+    stream: int
+    cols: int
+    total: int
+    steps: int
+    row_step: int
+    col_step: int
+    y: Word
+    gy: Word
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a plan."""
+    """Describe a kernel's launch, except for the addresses. `vector`: accesses are of 16 bytes, not of one element."""
 
-    plan: Plan
-    direction: str
-    vector: bool  # accesses of 16 bytes
-    device: torch.device
-
-    @property
-    def grid(self) -> Grid:
-        return self.plan.grid(self.direction == "backward", self.vector, self.device)[0]
+    library: ctypes.CDLL
+    layout: Layout
+    grid: Grid
+    block: tuple[int, int]
+    vector: bool
 
     def forward(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
-        _launch(self.plan, False, self.vector, self.device, y, None, _words(self.plan.view, inputs))
+        views = [ViewWords(t, *_walk(view)) for view, t in zip(self.layout.views, inputs, strict=True)]
+        self._run(self.library.dualop_forward, y, None, views)
 
     def backward(
         self,
@@ -190,18 +178,69 @@ class Launch:
         partials: Sequence[Tensor | None],
         gradients: Sequence[Tensor | None],
     ) -> None:
-        view, grid = self.plan.view, self.grid
-        words: list[Word] = []
-        for v, tensor, gradient, partial in zip(view.views, inputs, gradients, partials, strict=True):
-            written = partial if partial is not None else gradient
-            summed = gradient if partial is not None else None
-            shape = v.sum_shape(view.rows, view.cols, grid.row_programs, grid.col_programs)
-            words += (tensor, *_walk(v), written, summed, *shape)
-        _launch(self.plan, True, self.vector, self.device, None, gy, words)
+        sizes = self.layout.rows, self.layout.cols, self.grid.row_programs, self.grid.col_programs
+        views = []
+        for view, tensor, gradient, partial in zip(self.layout.views, inputs, gradients, partials, strict=True):
+            to, total = (gradient, None) if partial is None else (partial, gradient)
+            views.append(ViewWords(tensor, *_walk(view), to, total, *view.sum_shape(*sizes)))
+        self._run(self.library.dualop_backward, None, gy, views)
+
+    def _run(self, launcher: Any, y: Word, gy: Word, views: Sequence[ViewWords]) -> None:
+        layout, grid, device = self.layout, self.grid, self.layout.device
+        on_gpu = device.type == "cuda"
+        away = on_gpu and torch.cuda.current_device() != device.index
+        with torch.cuda.device(device) if away else nullcontext():
+            stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+            walk = (layout.cols, layout.total, grid.steps, grid.row_step, grid.col_step)
+            head = LaunchWords(self.vector, *grid.axes, *self.block, stream, *walk, y, gy)
+            words = [*head, *(word for view in views for word in view)]
+            launched(launcher, words, LaunchWords._fields.index("stream"))
+            error = launcher(struct.pack(f"={len(words)}q", *map(number, words)))
+        if error:
+            text = self.library.dualop_error_text(error).decode()
+            raise BackendUnavailable(f"the CUDA kernel could not be launched on {device}: {text}")
+
+
+@lru_cache(maxsize=2048)
+def _launch(
+    chain: Chain | Slope,
+    layout: Layout,
+    dtypes: tuple[torch.dtype, ...],
+    direction: str,
+    vector: bool,
+    given: Cut | None = None,
+) -> Launch:
+    """Return the launch of one direction's kernel for inputs of these dtypes."""
+    cuts = _cuts(chain, layout, () if given is None else ((direction, given),))
+    backward = direction == "backward"
+    width = 16 // layout.dtype.itemsize if vector else 1
+    cut = cuts[backward]
+    across = cut.across if vector else max(cut.across, 32)  # tall tiles are narrow in accesses of 16 bytes only
+    x = min(across, power_of_two(ceil_div(layout.cols, width)))
+    y = cut.threads // x
+    tile = (y * cut.rows, x * width)
+    if backward:
+        grid = backward_grid(layout, *tile, multiprocessors(layout.device), cut)
+    else:
+        grid = forward_grid(layout, *tile)
+    return Launch(
+        _library(_build(chain, _signature(layout, dtypes), layout.device, cuts)), layout, grid, (x, y), vector
+    )
+
+
+@lru_cache(maxsize=1024)
+def _library(made: build.Build) -> ctypes.CDLL:
+    """Return the loaded library, compiled if needed, with the types of its functions."""
+    library = made.load()
+    for name in ("dualop_forward", "dualop_backward"):  # that of a slope has no forward
+        if hasattr(library, name):
+            getattr(library, name).argtypes, getattr(library, name).restype = [ctypes.c_char_p], ctypes.c_int
+    library.dualop_error_text.argtypes, library.dualop_error_text.restype = [ctypes.c_int], ctypes.c_char_p
+    return library
 
 
 class Cuda(GpuBackend):
-    """CUDA C++ kernels on a GPU, or with DUALOP_INTERPRET=1 the same kernels on CPU tensors."""
+    """Launch CUDA C++ kernels on a GPU, or with DUALOP_INTERPRET=1 run the same kernels on CPU tensors."""
 
     name = "cuda"
     space = SPACE
@@ -215,20 +254,19 @@ class Cuda(GpuBackend):
     def launch(
         self,
         chain: Chain | Slope,
-        view: Layout,
-        device: torch.device,
+        layout: Layout,
         needs: tuple[bool, ...] | None,
         cut: Cut | None,
         tensors: Sequence[Tensor],
     ) -> Launch:
         direction = "forward" if needs is None else "backward"
-        given = () if cut is None else ((direction, cut),)
-        plan = _plan(chain, view, tuple(t.dtype for t in tensors[1:]), device, given)
-        return Launch(plan, direction, _aligned(view, plan.wide, tensors), device)
+        return _launch(chain, layout, tuple(t.dtype for t in tensors[1:]), direction, _aligned(layout, tensors), cut)
 
-    def heuristic(self, chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
-        forward, backward = _untuned(chain, view.dtype, len(view.views))
-        return TALL[view.dtype].fitted(backward, view, multiprocessors(device)) if direction == "backward" else forward
+    def heuristic(self, chain: Chain | Slope, layout: Layout, direction: str) -> Cut:
+        forward, backward = _untuned(chain, layout.dtype, len(layout.views))
+        if direction == "forward":
+            return forward
+        return TALL[layout.dtype].fitted(backward, layout, multiprocessors(layout.device))
 
     def prepare(self, calls: Iterable[Planned], progress: Progress = lambda done, total: None) -> None:
         """Build the libraries of these calls, in as many processes as there are cores.
@@ -237,63 +275,40 @@ class Cuda(GpuBackend):
         """
         wanted: dict[build.Build, None] = {}
         for call in calls:
-            view = layout(call.tensors[0], call.tensors[1:])
-            signature = _signature(view, [t.dtype for t in call.tensors])
-            cuts = _cuts(call.chain, view, call.device, call.cuts)
+            layout = layout_of(call.tensors[0], call.tensors[1:], call.device)
+            signature = _signature(layout, [t.dtype for t in call.tensors])
+            cuts = _cuts(call.chain, layout, call.cuts)
             wanted[_build(call.chain, signature, call.device, cuts)] = None
         missing = [(one,) for one in wanted if one.try_load() is None]
         pool.each(build.Build.build, missing, len(missing), progress)
 
     def forget(self) -> None:
-        _plan.cache_clear()
+        _launch.cache_clear()
+        _cuts.cache_clear()
 
 
-def _cuts(chain: Chain | Slope, view: Layout, device: torch.device, given: tuple[tuple[str, Cut], ...] = ()) -> Cuts:
-    """Of both kernels, which are in one library: the given ones, or those that were chosen."""
-    chosen = lambda way: Cuda().chosen(chain, view, way, device, dict(given).get(way))
+@lru_cache(maxsize=2048)
+def _cuts(chain: Chain | Slope, layout: Layout, given: tuple[tuple[str, Cut], ...] = ()) -> Cuts:
+    """Return the cuts of both kernels, which are in one library: the given ones, or those that were chosen."""
+    chosen = lambda way: Cuda().chosen(chain, layout, way, dict(given).get(way))
     return chosen("forward"), chosen("backward")
 
 
-def _walk(v: View) -> tuple[int, int, int, int]:
-    return v.div, v.mod, v.row_stride, v.outer_stride
+def _walk(view: View) -> tuple[int, int, int, int]:
+    return view.div, view.mod, view.row_stride, view.outer_stride
 
 
 def _plain_inputs(chain: Chain | Slope) -> tuple[tuple[torch.dtype, int], ...]:
     return ((torch.float32, FULL), *[(torch.float32, COLUMN)] * len(chain.operands))
 
 
-def _words(view: Layout, inputs: Sequence[Tensor]) -> list[Word]:
-    words: list[Word] = []
-    for v, tensor in zip(view.views, inputs, strict=True):
-        words += (tensor, *_walk(v), 0, 0, 0, 0, 0, 0)
-    return words
-
-
-def _aligned(view: Layout, wide: int, tensors: Sequence[Tensor]) -> bool:
-    """Whether every access of `wide` elements is aligned: at the rows' starts, so everywhere."""
-    if view.cols % wide or view.total % wide:
+def _aligned(layout: Layout, tensors: Sequence[Tensor]) -> bool:
+    """Return True if all rows of all tensors start at multiples of 16 bytes: then every access may be that wide."""
+    wide = 16 // layout.dtype.itemsize
+    if layout.cols % wide or layout.total % wide:
         return False
     for tensor in tensors:
         if tensor.data_ptr() % 16:
             return False
-    return all(v.row_stride % wide == v.outer_stride % wide == 0 for v in view.views if v.kind & FULL == FULL)
-
-
-def _launch(
-    plan: Plan, backward: bool, vector: bool, device: torch.device, y: Word, gy: Word, inputs: Sequence[Word]
-) -> None:
-    view = plan.view
-    grid, blocks = plan.grid(backward, vector, device)
-    on_gpu = device.type == "cuda"
-    guard = torch.cuda.device(device) if on_gpu and torch.cuda.current_device() != device.index else nullcontext()
-    with guard:
-        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-        head = (int(vector), *blocks, stream, view.cols, view.total)
-        walk = (grid.steps, grid.row_step, grid.col_step, y, gy)
-        words = (*head, *walk, *inputs)
-        launcher = plan.library.dualop_backward if backward else plan.library.dualop_forward
-        launched(launcher, words, STREAM)
-        error = launcher(struct.pack(f"={len(words)}q", *[w if type(w) is int else number(w) for w in words]))
-    if error:
-        text = plan.library.dualop_error_text(error).decode()
-        raise BackendUnavailable(f"the CUDA kernel could not be launched on {device}: {text}")
+    whole = [view for view in layout.views if view.kind & FULL == FULL]
+    return all(view.row_stride % wide == view.outer_stride % wide == 0 for view in whole)

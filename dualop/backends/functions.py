@@ -1,4 +1,4 @@
-"""What the kernel languages have: which functions a chain needs of one, and which of them its sources lack."""
+"""Find which functions a chain needs of a kernel language, and which of them its sources lack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dualop.language.syntax import Chain
 
 
 class Language(NamedTuple):
-    """Where a kernel language has its stages: a folder, and the file that lists the files of `stages/` in order.
+    """Describe where a kernel language has its stages: a folder, and the file that lists its files in order.
 
     `begin` finds a function's name and what it takes over from another one; `parts` are the endings of the names that
     make up a stage, `second` is that of a second derivative.
@@ -48,7 +48,7 @@ LANGUAGES = {
 
 
 def stage_texts(language: str) -> dict[str, str]:
-    """The files that hold a language's stages, by their paths in its folder, in order."""
+    """Return the texts of the files that hold a language's stages, by their paths in its folder, in order."""
     one = LANGUAGES[language]
     root = folder(one.folder)
     names = re.findall(one.listed, (root / one.listing).read_text("utf-8"), re.MULTILINE)
@@ -58,7 +58,7 @@ def stage_texts(language: str) -> dict[str, str]:
 
 @lru_cache(maxsize=None)
 def functions(language: str) -> tuple[str, ...]:
-    """The kernel functions of a language in the order of its files; in C++ NAME::second is a function of NAME."""
+    """Return the kernel functions of a language in the order of its files; in C++, NAME::second is one of NAME."""
     one = LANGUAGES[language]
     found: list[str] = []
     for text in stage_texts(language).values():
@@ -73,7 +73,7 @@ def functions(language: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def lacking(language: str, chain: Chain | Slope) -> tuple[str, ...]:
-    """What keeps a language from having a kernel of the chain: each missing function, with where it belongs."""
+    """Return what keeps a language from having a kernel of the chain: each missing function, and where it belongs."""
     one, there = LANGUAGES[language], functions(language)
     needed = [step.function + part for step in steps(chain) for part in one.parts]
     if is_slope(chain):

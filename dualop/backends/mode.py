@@ -1,4 +1,4 @@
-"""Whether kernels run on CPU tensors: fixed once, since Triton fixes it when it is imported."""
+"""Read once whether kernels run on CPU tensors: Triton fixes that when it is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference backend: each stage by its torch function, on any device. It defines what correct is."""
+"""Define the reference backend: each stage by its torch function, on any device. It says what correct is."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from dualop.backends.base import Backend
 from dualop.language.slopes import Slope, is_slope, slope_gradients
 from dualop.language.syntax import Chain
-from dualop.launch.layout import layout
+from dualop.launch.layout import layout_of
 
 
 def evaluate(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
-    """The stages one after the other in the tensors' own dtypes, as a user would write them. Differentiable.
+    """Return the result of the stages in the tensors' own dtypes, as a user would write them. It is differentiable.
 
     Numbers beyond float32's range are infinite, as in the kernels, but in float64.
     """
@@ -27,7 +27,7 @@ def evaluate(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
 
 
 def result_dtype(x: Tensor, operands: Sequence[Tensor]) -> torch.dtype:
-    """What torch promotes `x + operand + ...` to."""
+    """Return the dtype that torch promotes `x + operand + ...` to."""
     result, *more = [torch.empty([0] * min(t.dim(), 1), dtype=t.dtype, device="meta") for t in (x, *operands)]
     for empty in more:
         result = result + empty
@@ -48,9 +48,9 @@ def reference(chain: Chain, x: Tensor, operands: Sequence[Tensor] = ()) -> Tenso
 def reference_gradients(
     chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients of `reference` by each stage's own formula, for those of (x, *operands) that `needs` asks for.
+    """Return the gradients of `reference` by each stage's own formula, for those of (x, *operands) in `needs`.
 
-    Made of torch's differentiable functions and of no autograd, so that any transform may look into it.
+    They are made of torch's differentiable functions and of no autograd, so that any transform may look into them.
     """
     tensors = (x, *operands)
     wide = torch.float64 if gy.dtype == torch.float64 else torch.float32
@@ -77,7 +77,7 @@ def reference_gradients(
 
 
 class Reference(Backend):
-    """Runs everywhere, as fast as torch's own functions."""
+    """Run everywhere, as fast as torch's own functions."""
 
     name = "reference"
     torch_formulas = True
@@ -91,22 +91,22 @@ class Reference(Backend):
     def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
         with torch.no_grad():
             y = reference(chain, x, operands)
-        view = layout(x, operands)
+        layout = layout_of(x, operands)
         # Some functions of torch's do not keep the order of memory, such as logsigmoid.
-        return y if y.stride() == view.strides else view.output(y.device).copy_(y)
+        return y if y.stride() == layout.strides else layout.output().copy_(y)
 
     def backward(
         self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:
-        view = layout(x, operands)
+        layout = layout_of(x, operands)
         wanted = [t for t, need in zip((x, *operands), needs, strict=True) if need]
         with torch.no_grad():
-            found = reference_gradients(chain, gy.to(view.dtype), x, operands, needs)
+            found = reference_gradients(chain, gy.to(layout.dtype), x, operands, needs)
             # Into memory of their own: the gradient of an add is gy itself.
-            return [view.like(t).copy_(g) for t, g in zip(wanted, found, strict=True)]
+            return [layout.like(t).copy_(g) for t, g in zip(wanted, found, strict=True)]
 
     def source(self, chain: Chain) -> str:
-        """The chain as a line of Python a stage."""
+        """Return the chain in Python, a line for each stage."""
         lines = [f"def forward({', '.join(('x', *chain.operands))}):", "    z = x"]
         lines += [f"    z = {call.stage.name}(z{''.join(f', {a}' for a in call.arguments)})" for call in chain.calls]
         return "\n".join([*lines, "    return z"]) + "\n"

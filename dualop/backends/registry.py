@@ -1,4 +1,4 @@
-"""The backends, which of them runs a call, and why the others do not.
+"""Keep the table of backends, and choose which of them runs a call.
 
 Order of precedence: the `backend=` argument, `use_backend`, `set_backend`, DUALOP_BACKEND (read when dualop is first
 used), "auto". A backend that is named runs or raises; only "auto" chooses, in the table's order.
@@ -24,7 +24,7 @@ from dualop.build import locks
 from dualop.errors import BackendUnavailable, BuildError
 from dualop.language.slopes import Slope
 from dualop.language.syntax import Chain
-from dualop.launch.layout import device_of, validate
+from dualop.launch.checks import validate
 
 ENTRY_POINTS = "dualop.backends"  # the group by which an installed package has its backends registered
 
@@ -59,7 +59,7 @@ def unregister(name: str) -> None:
 
 
 def forget_launches() -> None:
-    """Have every backend choose its launches anew, after `tuning.keep` or `tuning.forget`."""
+    """Make every backend choose its launches again, after `tuning.keep` or `tuning.forget`."""
     for backend in BACKENDS.values():
         backend.forget()
     replay.forget()
@@ -73,7 +73,7 @@ def prepare(names: Sequence[str], calls: Sequence[Planned], progress: Progress) 
 
 
 class Broken(Backend):
-    """Stands for a backend of another package that could not be loaded: it says why."""
+    """Stand for a backend of another package that could not be loaded, and say why."""
 
     def __init__(self, name: str, why: str) -> None:
         self.name, self._why = name, why
@@ -112,7 +112,7 @@ for _entry in entry_points(group=ENTRY_POINTS):
 
 
 def interpreting() -> bool:
-    """Whether DUALOP_INTERPRET=1 lets the cuda and triton backends take CPU tensors."""
+    """Return True if DUALOP_INTERPRET=1 lets backends of GPU kernels take CPU tensors."""
     return INTERPRET
 
 
@@ -123,7 +123,7 @@ def _known(name: str, said_by: str) -> str:
 
 
 def set_backend(name: str) -> None:
-    """The backend of this process from now on: "auto", "cuda", "triton", "reference" or one registered."""
+    """Use this backend in this process from now on: "auto" or the name of a backend. Raises BackendUnavailable."""
     global _process
     _process = _known(name, "set_backend")
 
@@ -154,7 +154,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested(explicit: str | None = None) -> str:
-    """The name that has precedence now."""
+    """Return the name of the backend that has precedence now, which may be "auto"."""
     if explicit is not None:
         return _known(explicit, "backend=")
     scoped = _traced if torch.compiler.is_compiling() else _context.get()
@@ -162,7 +162,10 @@ def requested(explicit: str | None = None) -> str:
 
 
 def resolve(name: str, chain: Chain | Slope, device: torch.device) -> Backend:
-    """The backend that runs `chain` on `device` when `name` is asked for; BackendUnavailable with every reason."""
+    """Return the backend that runs `chain` on `device` if `name` is asked for.
+
+    Raises BackendUnavailable with every reason.
+    """
     if name != AUTO:
         backend = BACKENDS[name]
         if reasons := backend.reasons(chain, device):
@@ -185,7 +188,7 @@ def explain_device(chain: Chain | Slope, device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend would run a call (None: the asked one cannot), and each backend's reasons why not."""
+    """Hold which backend would run a call (None: the asked one cannot), and each backend's reasons why not."""
 
     requested: str
     chosen: str | None
@@ -204,8 +207,7 @@ def explain(chain: Chain, x: Tensor, *operands: Tensor, backend: str | None = No
     Raises what the call itself would raise for its tensors, but not BackendUnavailable.
     """
     operands = chain.bind(operands, named)
-    validate(x, operands, chain.operands)
-    device, name = device_of(x, operands), requested(backend)
+    device, name = validate(x, operands, chain.operands), requested(backend)
     reasons = {b.name: list(b.reasons(chain, device)) for b in BACKENDS.values()}
     try:
         chosen = resolve(name, chain, device).name

@@ -1,4 +1,4 @@
-"""The Triton backend: a generated file a chain around the stages of `triton_kernels/`, launched by Triton.
+"""Define the Triton backend: it generates a file for each chain around the stages of `triton_kernels/`.
 
 With DUALOP_INTERPRET=1 the same file runs in Triton's interpreter, on CPU tensors.
 """
@@ -26,10 +26,10 @@ from dualop.language.slopes import Slope, is_slope
 from dualop.language.syntax import Chain
 from dualop.launch import tuning
 from dualop.launch.grid import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.launch.layout import COLUMN, DTYPES, FULL, Layout, layout
+from dualop.launch.layout import COLUMN, DTYPES, FULL, Layout, layout_of
 from dualop.replay.triton import launched
 
-# As in the CUDA backend, but for the compiler's own choice of registers.
+# As in the CUDA backend, except that the compiler chooses the registers.
 FORWARD = {
     **dict.fromkeys(DTYPES, Cut(rows=1, threads=128, across=128, resident=1)),
     torch.float32: Cut(rows=2, threads=128, across=128, resident=1),
@@ -58,7 +58,7 @@ OPTIONS = {} if INTERPRET else {"enable_fp_fusion": True}
 
 
 def source(chain: Chain | Slope, kinds: Sequence[int]) -> str:
-    """The text of the chain's file for inputs of these kinds (dualop/launch/layout.py), x first."""
+    """Return the text of the chain's file for inputs of these kinds (dualop/launch/layout.py), x first."""
     with locks.brief:  # the first time it imports triton
         from dualop.triton_kernels import generate, slope
 
@@ -70,12 +70,12 @@ def source(chain: Chain | Slope, kinds: Sequence[int]) -> str:
 
 @lru_cache(maxsize=1024)
 def _module(chain: Chain | Slope, kinds: tuple[int, ...]) -> ModuleType:
-    """The chain's file, written to the cache under a name of its content, and imported. Triton reads it from there."""
+    """Write the chain's file to the cache under a name of its content, where Triton reads it, and import it."""
     return imported(source(chain, kinds))
 
 
 class Triton(GpuBackend):
-    """Triton kernels on a GPU, or with DUALOP_INTERPRET=1 the same kernels in Triton's interpreter."""
+    """Launch Triton kernels on a GPU, or with DUALOP_INTERPRET=1 run the same kernels in Triton's interpreter."""
 
     name = "triton"
     space = SPACE
@@ -90,18 +90,19 @@ class Triton(GpuBackend):
     def launch(
         self,
         chain: Chain | Slope,
-        view: Layout,
-        device: torch.device,
+        layout: Layout,
         needs: tuple[bool, ...] | None,
         cut: Cut | None,
         tensors: Sequence[Tensor],
     ) -> Launch:
-        return _launch(chain, view, device, needs, cut)
+        return _launch(chain, layout, needs, cut)
 
-    def heuristic(self, chain: Chain | Slope, view: Layout, direction: str, device: torch.device) -> Cut:
-        reduced = direction == "backward" and any(v.reduced for v in view.views)
-        cut = (BACKWARD if reduced else SLOPE if is_slope(chain) else FORWARD)[view.dtype]
-        return TALL[view.dtype].fitted(cut, view, multiprocessors(device)) if direction == "backward" else cut
+    def heuristic(self, chain: Chain | Slope, layout: Layout, direction: str) -> Cut:
+        reduced = direction == "backward" and any(view.reduced for view in layout.views)
+        cut = (BACKWARD if reduced else SLOPE if is_slope(chain) else FORWARD)[layout.dtype]
+        if direction == "forward":
+            return cut
+        return TALL[layout.dtype].fitted(cut, layout, multiprocessors(layout.device))
 
     def prepare(self, calls: Iterable[Planned], progress: Progress = lambda done, total: None) -> None:
         """Launch each call once on tensors of zeros, in processes of their own; the interpreter compiles nothing.
@@ -155,7 +156,7 @@ def _launch_once(call: Planned, forms: Sequence[tuple[tuple[int, ...], tuple[int
     with contextlib.suppress(Exception):
         zeros = [_zeros(*form, call.device) for form in forms]
         (x, *operands), cuts = zeros, dict(call.cuts)
-        y = layout(x, operands).output(call.device).zero_()
+        y = layout_of(x, operands).output().zero_()
         if "forward" in call.directions:
             TRITON.forward(call.chain, x, operands, cut=cuts.get("forward"))
         if "backward" in call.directions:
@@ -165,14 +166,13 @@ def _launch_once(call: Planned, forms: Sequence[tuple[tuple[int, ...], tuple[int
 
 @dataclass(frozen=True)
 class Launch:
-    """All of a kernel's launch that the tensors' addresses do not change."""
+    """Describe a kernel's launch, except for the addresses."""
 
     kernel: Any  # with its grid
-    view: Layout
+    layout: Layout
     grid: Grid
     walks: tuple[tuple[int, ...], ...]  # where the elements of each input lie
     numbers: dict[str, Any]
-    device: torch.device
 
     def forward(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
         self((y,), inputs)
@@ -187,66 +187,65 @@ class Launch:
         # A gradient that nobody wants is not written; gy stands in for its pointer.
         written = [next((t for t in pair if t is not None), gy) for pair in zip(partials, gradients, strict=True)]
         self((gy, *written), inputs)
-        sizes = (self.view.rows, self.view.cols, self.grid.row_programs, self.grid.col_programs)
-        for v, partial, gradient in zip(self.view.views, partials, gradients, strict=True):
+        sizes = (self.layout.rows, self.layout.cols, self.grid.row_programs, self.grid.col_programs)
+        for view, partial, gradient in zip(self.layout.views, partials, gradients, strict=True):
             if partial is not None and gradient is not None:
-                _sum(partial, gradient, v.sum_shape(*sizes), self.device)
+                _sum(partial, gradient, view.sum_shape(*sizes), self.layout.device)
 
     def __call__(self, pointers: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         views = [part for tensor, walk in zip(inputs, self.walks, strict=True) for part in (tensor, *walk)]
-        with TRITON.on(self.device):
+        with TRITON.on(self.layout.device):
             compiled = self.kernel(*pointers, *views, **self.numbers)
         launched(compiled, self.grid.axes, (*pointers, *views), self.numbers)
 
 
 @lru_cache(maxsize=2048)
-def _launch(
-    chain: Chain | Slope, view: Layout, device: torch.device, needs: tuple[bool, ...] | None, given: Cut | None = None
-) -> Launch:
-    """Of the forward kernel, or of the backward kernel with these gradients."""
-    module = _module(chain, tuple(v.kind for v in view.views))
-    walks = tuple((v.div, v.mod, v.row_stride, v.outer_stride) for v in view.views)
+def _launch(chain: Chain | Slope, layout: Layout, needs: tuple[bool, ...] | None, given: Cut | None = None) -> Launch:
+    """Return the launch of the forward kernel, or of the backward kernel with these gradients."""
+    device = layout.device
+    module = _module(chain, tuple(view.kind for view in layout.views))
+    walks = tuple((view.div, view.mod, view.row_stride, view.outer_stride) for view in layout.views)
     direction = "forward" if needs is None else "backward"
-    cut = TRITON.chosen(chain, view, direction, device, given)
+    cut = TRITON.chosen(chain, layout, direction, given)
     if needs is None:
-        kernel, grid = module.forward_kernel, forward_grid(view, *_tile(view, cut))
-        own: dict[str, Any] = {"BITS": view.bits}
+        kernel, grid = module.forward_kernel, forward_grid(layout, *_tile(layout, cut))
+        own: dict[str, Any] = {"BITS": layout.bits}
     else:
-        kernel, grid = module.backward_kernel, backward_grid(view, *_tile(view, cut), multiprocessors(device), cut)
+        kernel, grid = module.backward_kernel, backward_grid(layout, *_tile(layout, cut), multiprocessors(device), cut)
         mask = sum(1 << i for i, need in enumerate(needs) if need)
-        own = {"NEEDS": mask, "STAGES": _stages(view, grid, _shared(device)), "BITS": view.gradient_bits}
+        own = {"NEEDS": mask, "STAGES": _stages(layout, grid, _shared(device)), "BITS": layout.gradient_bits}
     numbers = {
-        "rows": view.rows,
-        "cols": view.cols,
-        "total": view.total,
+        "rows": layout.rows,
+        "cols": layout.cols,
+        "total": layout.total,
         "steps": grid.steps,
         "row_step": grid.row_step,
         "col_step": grid.col_step,
-        "MASK": _mask(view, grid),
-        "NARROW": view.narrow,
+        "MASK": _mask(layout, grid),
+        "NARROW": layout.narrow,
         "EARLY": _early(device),
         "BLOCK_ROWS": grid.tile_rows,
         "BLOCK_COLS": grid.tile_cols,
         **own,
         **TRITON.options(cut.threads, cut.resident, _early(device)),
     }
-    return Launch(kernel[grid.axes], view, grid, walks, numbers, device)
+    return Launch(kernel[grid.axes], layout, grid, walks, numbers)
 
 
-def _tile(view: Layout, cut: Cut) -> tuple[int, int]:
-    """Rows and columns: threads side by side with 16 bytes each, as far as there are columns."""
-    wide = 16 // view.dtype.itemsize
-    columns = min(power_of_two(view.cols), cut.across * wide)
+def _tile(layout: Layout, cut: Cut) -> tuple[int, int]:
+    """Return rows and columns of a tile: threads lie side by side with 16 bytes each, as far as there are columns."""
+    wide = 16 // layout.dtype.itemsize
+    columns = min(power_of_two(layout.cols), cut.across * wide)
     return cut.rows * cut.threads * wide // columns, columns
 
 
-def _mask(view: Layout, grid: Grid) -> int:
-    """0 where the programs' tiles cover the rows and columns exactly; 2 where the last row is short."""
-    if view.total != view.rows * view.cols:
+def _mask(layout: Layout, grid: Grid) -> int:
+    """Return 0 if the programs' tiles cover the rows and columns exactly, 2 if the last row is short, else 1."""
+    if layout.total != layout.rows * layout.cols:
         return 2
     rows, cols = grid.tile_rows * grid.row_programs, grid.tile_cols * grid.col_programs
     covered = (max(rows, grid.row_step * grid.steps), max(cols, grid.col_step * grid.steps))
-    return int(covered != (view.rows, view.cols))
+    return int(covered != (layout.rows, layout.cols))
 
 
 def _sum(partial: Tensor, out: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
@@ -264,16 +263,16 @@ def _sum(partial: Tensor, out: Tensor, shape: tuple[int, int, int, int], device:
     launched(compiled, grid, arguments, sizes)
 
 
-def _stages(view: Layout, grid: Grid, shared: int) -> int:
-    """STAGES, or fewer where what varies along rows and columns would take more than `shared` bytes of memory."""
-    whole = 1 + sum(v.kind & FULL == FULL for v in view.views)
-    tile = grid.tile_rows * grid.tile_cols * view.dtype.itemsize
+def _stages(layout: Layout, grid: Grid, shared: int) -> int:
+    """Return STAGES, or fewer if inputs of the result's size would take more than `shared` bytes of memory."""
+    whole = 1 + sum(view.kind & FULL == FULL for view in layout.views)
+    tile = grid.tile_rows * grid.tile_cols * layout.dtype.itemsize
     return min(STAGES, 1 + shared // (whole * tile))
 
 
 @lru_cache(maxsize=64)
 def _shared(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have for tiles; on the CPU enough."""
+    """Return the bytes of shared memory that a program may have for tiles; on the CPU, more than enough."""
     if device.type != "cuda":
         return 1 << 20
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack some of them
@@ -282,7 +281,7 @@ def _shared(device: torch.device) -> int:
 
 @lru_cache(maxsize=64)
 def _early(device: torch.device) -> bool:
-    """Whether the GPU launches a kernel while the one before still runs, as `launch` in cuda/device.cuh does."""
+    """Return True if the GPU launches a kernel while the one before still runs, as in cuda/device.cuh."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 

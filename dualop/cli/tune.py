@@ -59,9 +59,8 @@ def tune(
     shapes, dtypes = [workloads.parse_shape(text) for text in (shape or default).split(",")], options.dtypes(dtype)
     works = [workloads.Workload(op, size, name, device, (operand,)) for size in shapes for name in dtypes]
     directions = both if direction == "both" else (direction,)
-    view = works[0].layout
     for name in names:
-        if registry.BACKENDS[name].heuristic(op, view, workloads.FORWARD, device) is None:
+        if registry.BACKENDS[name].heuristic(op, works[0].layout, workloads.FORWARD) is None:
             raise typer.BadParameter(f"{name} has no launches to choose", param_hint="--backend")
     tasks = [tuning.Task(work, name, way) for work in works for name in names for way in directions]
     if device.type == "cpu":

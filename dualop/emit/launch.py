@@ -18,7 +18,7 @@ import torch
 from dualop.errors import OperandError
 from dualop.launch import grid
 from dualop.launch import layout as layouts
-from dualop.launch.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, layout
+from dualop.launch.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, layout_of
 
 Shape = tuple[int, ...]
 
@@ -116,7 +116,7 @@ def plan(shape: Shape, operands: Mapping[str, Shape]) -> Plan:
     of_one_batch = any(len(s) == len(shape) and s[0] > 1 for s in shapes)
     # Along a batch of one nothing would be seen to repeat, and the file is to take any batch.
     whole = shape if of_one_batch else (max(shape[0], 2), *shape[1:])
-    view = layout(*_meta(whole, shapes))
+    view = layout_of(*_meta(whole, shapes))
     for (name, given), v in zip(operands.items(), view.views[1:], strict=True):
         if v.copy is not None or v.kind & SPLIT:
             raise OperandError(

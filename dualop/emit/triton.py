@@ -148,7 +148,7 @@ def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
         "@SOURCE@": source,
         "@IMPORTS@": "".join(f"{line}\n" for line in library.imports(source)),
         "@LAUNCH@": emit_launch.emitted(plan, triton.FORWARD, triton.BACKWARD, triton.TALL),
-        "@COPIED@": re.sub(r"\bview\b", "layout", emit_launch.copied(triton._tile, triton._mask, triton._stages)),
+        "@COPIED@": emit_launch.copied(triton._tile, triton._mask, triton._stages),
         "@STAGES@": str(triton.STAGES),
         "@RESERVED@": str(triton.RESERVED),
         "@NARROW@": str(plan.view.narrow),

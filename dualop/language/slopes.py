@@ -25,8 +25,6 @@ from dualop.language.syntax import Chain
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-MARK = "slope of "  # in front of a chain's text; no chain's text begins so
-
 
 @dataclass(frozen=True)
 class Slope:
@@ -45,7 +43,7 @@ class Slope:
 
     @property
     def text(self) -> str:
-        return MARK + self.of.text
+        return f"slope of {self.of.text}"
 
     def __str__(self) -> str:
         return self.text
@@ -57,16 +55,16 @@ def is_slope(chain: Chain | Slope) -> TypeIs[Slope]:
 
 
 @lru_cache(maxsize=4096)
-def parse(text: str) -> Chain | Slope:
-    """What the text of a `dualop::backward` names: a chain, or the slope of one. The same text, the same object."""
-    return Slope(syntax.parse(text.removeprefix(MARK))) if text.startswith(MARK) else syntax.parse(text)
+def of_order(text: str, order: int) -> Chain | Slope:
+    """Return what the backward of this order runs on: the chain, or for order 2 its slope. Raises ChainError."""
+    chain = syntax.parse(text)
+    return Slope(chain) if order == 2 else chain
 
 
 @lru_cache(maxsize=4096)
-def slope(text: str) -> str | None:
-    """The text of the slope of a chain, None if it has none."""
-    chain = parse(text)
-    return None if is_slope(chain) or not _has_slope(chain) else MARK + chain.text
+def has_slope(text: str) -> bool:
+    """Return True if the kernels have a second derivative of the chain."""
+    return _has_slope(syntax.parse(text))
 
 
 def _has_slope(chain: Chain) -> bool:

@@ -18,13 +18,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualop.build.locks import cached_property
-from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
 
 # Varies along the columns; along the rows; is repeated along the rows; has rows in two strides.
 COLUMN, ROW, WRAP, SPLIT = 1, 2, 4, 8
@@ -80,7 +78,7 @@ class View:
 
 @dataclass(frozen=True)
 class Layout:
-    """Hold the result's shape, strides and dtype, the rows and columns, and a View for x and each operand."""
+    """Hold the result's shape, strides, dtype and device, the rows and columns, and a View of x and each operand."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -89,6 +87,7 @@ class Layout:
     cols: int
     total: int
     views: tuple[View, ...]
+    device: torch.device
 
     @property
     def bits(self) -> int:
@@ -105,19 +104,20 @@ class Layout:
     @cached_property
     def narrow(self) -> bool:
         """Return True if 32 bits hold every row, column and offset of a kernel, also in programs beyond the end."""
-        return all(v.extent(self.rows, self.cols) < 2**31 - 2**26 for v in self.views)
+        return all(view.extent(self.rows, self.cols) < 2**31 - 2**26 for view in self.views)
 
     @property
     def accumulator(self) -> torch.dtype:
         """Return the dtype of all arithmetic and of partial sums."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def output(self, device: torch.device) -> Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+    def output(self) -> Tensor:
+        """Return uninitialised memory for the result."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
 
-    def gradient(self, index: int, like: Tensor, device: torch.device) -> Tensor:
+    def gradient(self, index: int, like: Tensor) -> Tensor:
         """Return uninitialised memory for the gradient of input `index`."""
-        return torch.empty_strided(like.shape, self.views[index].gradient_strides, dtype=like.dtype, device=device)
+        return torch.empty_strided(like.shape, self.views[index].gradient_strides, dtype=like.dtype, device=self.device)
 
     def like(self, tensor: Tensor) -> Tensor:
         """Return uninitialised memory for a gradient: in the result's order if it has its size, else contiguous."""
@@ -125,7 +125,7 @@ class Layout:
             return torch.empty_strided(self.shape, self.strides, dtype=tensor.dtype, device=tensor.device)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
-    def partial(self, index: int, row_programs: int, col_programs: int, device: torch.device) -> Tensor | None:
+    def partial(self, index: int, row_programs: int, col_programs: int) -> Tensor | None:
         """Return uninitialised memory for the partial sums of input `index`, one for each program or row.
 
         Return None if there are none: nothing is summed, or one program has all of a sum and writes the gradient
@@ -135,7 +135,7 @@ class Layout:
         shape = view.sum_shape(self.rows, self.cols, row_programs, col_programs)
         if not view.reduced or (shape[0] * shape[2] == 1 and not view.expanded):
             return None
-        return torch.empty(math.prod(shape), dtype=self.accumulator, device=device)
+        return torch.empty(math.prod(shape), dtype=self.accumulator, device=self.device)
 
     def finished(
         self, gradients: Sequence[Tensor | None], partials: Sequence[Tensor | None], tensors: Sequence[Tensor]
@@ -151,10 +151,10 @@ class Layout:
                 done.append((gradient if whole_size else gradient.contiguous()).to(tensor.device))
         return done
 
-    def readable(self, index: int, tensor: Tensor, device: torch.device) -> Tensor:
+    def readable(self, index: int, tensor: Tensor) -> Tensor:
         """Return the tensor as the kernel reads it: itself, or a copy where the view or the device requires one."""
-        if tensor.device != device:  # a number on the CPU
-            tensor = tensor.to(device, non_blocking=True)
+        if tensor.device != self.device:  # a number on the CPU
+            tensor = tensor.to(self.device, non_blocking=True)
         strides = self.views[index].copy
         if strides is None:
             return tensor
@@ -163,83 +163,22 @@ class Layout:
         return copy.copy_(tensor)
 
 
-def layout(x: Tensor, operands: Sequence[Tensor]) -> Layout:
-    """Return the layout of a call; the same shapes, strides and dtypes give the same object."""
-    return _layout(tuple((t.shape, t.stride(), t.dtype) for t in (x, *operands)))
+def layout_of(x: Tensor, operands: Sequence[Tensor], device: torch.device | None = None) -> Layout:
+    """Return the layout of a call that passed `validate`; tensors of the same form give the same object.
 
-
-def device_of(x: Tensor, operands: Sequence[Tensor]) -> torch.device:
-    """Return the device of a call, to which CPU scalars may be added. Raises DeviceError if other devices are mixed."""
-    device = x.device
-    if all(tensor.device == device for tensor in operands):
-        return device
-    devices = {t.device for t in (x, *operands) if t.dim() > 0 or t.device.type != "cpu"}
-    if len(devices) > 1:
-        listed = ", ".join(str(t.device) for t in (x, *operands))
-        raise DeviceError(f"all tensors of a chain must be on one device, these are on {listed}")
-    return devices.pop()
-
-
-def validate(x: Any, operands: Sequence[Any], names: Sequence[str]) -> None:
-    """Raise the error that fits, with the name of the tensor, if the call makes no sense."""
-    for name, tensor in zip(("x", *names), (x, *operands), strict=True):
-        if not isinstance(tensor, Tensor):
-            kind = type(tensor).__name__
-            raise OperandError(f"{name} must be a tensor, not {kind}; write a number in the chain's text")
-        if tensor.dtype not in DTYPES:
-            takes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            more = f": pass {name}.dequantize()" if tensor.is_quantized else ""
-            raise DtypeError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; a chain takes {takes}{more}")
-        if tensor.is_nested:  # jagged or strided, neither of which has a dense form
-            advice = f"torch.nested.to_padded_tensor({name}, 0.0), or the tensors of {name}.unbind() one by one"
-            raise LayoutError(f"{name} is a nested tensor; pass {advice}")
-        if tensor.layout is not torch.strided:
-            raise LayoutError(f"{name} is {str(tensor.layout).removeprefix('torch.')}; pass {name}.to_dense()")
-    if not torch.compiler.is_compiling():  # Dynamo may not compare sizes that it does not know; the fake kernels may
-        check_shapes((x, *operands), names)
-    device_of(x, operands)
-
-
-def checked(tensors: Sequence[Tensor], names: Sequence[str]) -> torch.device:
-    """Return the device of a call with (x, *operands); `validate` sees each combination only the first time.
-
-    This holds for strided tensors in memory without a tracer: their shapes, dtypes and devices say everything.
+    `device` is where the call will run if these tensors, such as meta tensors, only show its form.
     """
-    like = tuple([(t.shape, t.dtype, t.device) for t in tensors])
-    device = _checked.get(like)
-    if device is None:
-        validate(tensors[0], tensors[1:], names)
-        if len(_checked) >= CHECKED:
-            _checked.clear()
-        device = _checked[like] = device_of(tensors[0], tensors[1:])
-    return device
+    return _layout(tuple([(t.shape, t.stride(), t.dtype, t.device) for t in (x, *operands)]), device)
 
 
-CHECKED = 4096
-_checked: dict[tuple[Any, ...], torch.device] = {}
-
-
-def check_shapes(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raise ShapeError if (x, *operands) do not broadcast together. Symbolic sizes are left to torch's own check."""
-    if not _broadcast(tuple([tuple([n if type(n) is int else 1 for n in t.shape]) for t in tensors])):
-        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(("x", *names), tensors, strict=True))
-        raise ShapeError(f"shapes do not broadcast together: {shapes}")
+# The shape, strides, dtype and device of a tensor.
+TensorForm = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
 
 @lru_cache(maxsize=4096)
-def _broadcast(shapes: tuple[tuple[int, ...], ...]) -> bool:
-    """Return True if the shapes broadcast together."""
-    try:
-        torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        return False
-    return True
-
-
-@lru_cache(maxsize=4096)
-def _layout(tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]) -> Layout:
+def _layout(tensors: tuple[TensorForm, ...], device: torch.device | None) -> Layout:
     # Meta tensors ask torch itself for the promoted dtype, the broadcast shape and the strides of `x + operands`.
-    metas = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in tensors]
+    metas = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype, _ in tensors]
     result = metas[0].neg() if len(metas) == 1 else metas[0]
     for meta in metas[1:]:
         result = result + meta
@@ -277,7 +216,9 @@ def _layout(tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype],
         dense = tuple(s if n > 1 else 1 for s, n in zip(own, meta.shape, strict=True))
         dense = strides if meta.shape == shape else dense
         views.append(View(kind, div, mod, row_stride, outer_stride, (None, compact, full)[level], dense, expanded))
-    return Layout(shape, strides, result.dtype, rows, cols, total, tuple(views))
+    if device is None:  # of what is no number on the CPU, if anything is
+        device = next((d for shape, _, _, d in tensors if shape or d.type != "cpu"), tensors[0][3])
+    return Layout(shape, strides, result.dtype, rows, cols, total, tuple(views), device)
 
 
 def _own_strides(meta: Tensor, shape: tuple[int, ...], compact: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -1,6 +1,6 @@
-"""Which launch is the fastest: cuts to try, the search among them, and what it found, kept on disk.
+"""Find the fastest launch: the cuts to try, the search among them, and the store of what it found.
 
-    cut = tuning.chosen("triton", chain, view, "forward", device, cut)   # what was found, or the same cut
+    cut = tuning.chosen("triton", chain, layout, "forward", cut)   # what was found, or the same cut
 
 The backends ask when they plan a launch. One JSON file for each GPU and software (versions of torch and triton, and the
 text of the kernels) in the folder `tune/` of the cache. It is read once in a process, when the first launch is chosen;
@@ -41,7 +41,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Space:
-    """What a backend has tried: few enough to time all of them, with every kind of launch that has ever won.
+    """Hold what a backend has tried: few enough to time all of them, with every kind of launch that has ever won.
 
     `registers` are (rows, resident): the more rows a thread has under way, the more registers it needs and the fewer
     threads fit. `summing` are (threads, across) for kernels that sum gradients along the columns or rows.
@@ -59,36 +59,36 @@ WRITING = ((64, 64), (128, 32), (128, 128), (256, 32), (256, 256))
 PROGRAMS = ((0, 0), (2, 8), (4, 16), (4, 64), (8, 32), (8, 64), (16, 64), (32, 128))
 
 
-def sums(view: Layout, direction: str) -> bool:
-    """Whether the kernel of this direction sums gradients."""
-    return direction == "backward" and any(v.reduced for v in view.views)
+def sums(layout: Layout, direction: str) -> bool:
+    """Return True if the kernel of this direction sums gradients."""
+    return direction == "backward" and any(view.reduced for view in layout.views)
 
 
-def candidates(space: Space, view: Layout, direction: str, present: Cut) -> list[Cut]:
-    """About 40 cuts at most, `present` first, which differ for this layout and have its number of programs."""
-    registers = space.registers if view.dtype.itemsize < 8 else WIDE_REGISTERS
-    threads = space.summing if sums(view, direction) else WRITING
+def candidates(space: Space, layout: Layout, direction: str, present: Cut) -> list[Cut]:
+    """Return at most about 40 cuts, `present` first, that differ for this layout and have its number of programs."""
+    registers = space.registers if layout.dtype.itemsize < 8 else WIDE_REGISTERS
+    threads = space.summing if sums(layout, direction) else WRITING
     cuts = [
         replace(present, rows=rows, resident=resident, threads=count, across=across)
         for rows, resident in registers
         for count, across in threads
     ]
-    tall, found = power_of_two(view.rows), {_effective(present, view): present}
+    tall, found = power_of_two(layout.rows), {_effective(present, layout): present}
     for cut in cuts:
-        effective = _effective(cut, view)
+        effective = _effective(cut, layout)
         if effective.rows * (effective.threads // effective.across) <= tall:
             found.setdefault(effective, cut)
     return list(found.values())
 
 
-def near(view: Layout, direction: str, best: Cut) -> Sequence[Cut]:
-    """The best so far with other numbers of programs, where that changes anything: nothing is compiled for it."""
-    return [replace(best, least=least, most=most) for least, most in PROGRAMS] if sums(view, direction) else ()
+def near(layout: Layout, direction: str, best: Cut) -> Sequence[Cut]:
+    """Return the best cut with other numbers of programs, if that changes anything; nothing is compiled for it."""
+    return [replace(best, least=least, most=most) for least, most in PROGRAMS] if sums(layout, direction) else ()
 
 
-def _effective(cut: Cut, view: Layout) -> Cut:
-    """With no more threads side by side than there are columns for."""
-    return replace(cut, across=min(cut.across, power_of_two(ceil_div(view.cols, 16 // view.dtype.itemsize))))
+def _effective(cut: Cut, layout: Layout) -> Cut:
+    """Return the cut with no more threads side by side than there are columns for."""
+    return replace(cut, across=min(cut.across, power_of_two(ceil_div(layout.cols, 16 // layout.dtype.itemsize))))
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ Time = Callable[[C], float]
 
 @dataclass(frozen=True)
 class Result(Generic[C]):
-    """The fastest launch, its time and that of the present one in microseconds, and why those that failed did.
+    """Hold the fastest launch, its time and the present one's in microseconds, and why other launches failed.
 
     `first` has the first measurement of every launch that did not fail, in microseconds.
     """
@@ -120,7 +120,7 @@ class Result(Generic[C]):
 
     @property
     def gain(self) -> float:
-        """How many times as fast it is."""
+        """Return the ratio of the time before to the best time."""
         return self.before / self.microseconds
 
 
@@ -131,7 +131,7 @@ def search(
     progress: Callable[[int, int], None] = lambda done, total: None,
     near: Callable[[C], Sequence[C]] = lambda best: (),
 ) -> Result[C]:
-    """The fastest of `candidates` and the `present` one (hashable launches) by `time(launch)` in microseconds.
+    """Return the fastest of `candidates` and the `present` one by `time(launch)`, in microseconds.
 
     Once these are measured, `near(fastest)` gives more candidates, close to the one that was the fastest. A launch
     whose `time` raises (too many registers, too much shared memory) is left out; if the present one does, its error is
@@ -175,7 +175,7 @@ def search(
 
 @dataclass(frozen=True)
 class Subject:
-    """What a launch is chosen for. `shape` is a bucket: rows and columns, each rounded up to a power of two."""
+    """Name what a launch is chosen for. `shape` is a bucket: rows and columns, each rounded up to a power of two."""
 
     backend: str
     direction: str
@@ -188,15 +188,15 @@ class Subject:
         return " ; ".join((self.backend, self.direction, self.dtype, self.shape, self.inputs, self.chain))
 
 
-def subject(backend: str, chain: Chain | Slope, view: Layout, direction: str) -> Subject:
-    """Of a call with this layout; `direction` is "forward" or "backward"."""
-    bucket = f"{power_of_two(view.rows)}x{power_of_two(view.cols)}"
-    kinds = ",".join(str(v.kind) for v in view.views)
-    return Subject(backend, direction, str(view.dtype).removeprefix("torch."), bucket, kinds, chain.text)
+def subject(backend: str, chain: Chain | Slope, layout: Layout, direction: str) -> Subject:
+    """Return the subject of a call with this layout; `direction` is "forward" or "backward"."""
+    bucket = f"{power_of_two(layout.rows)}x{power_of_two(layout.cols)}"
+    kinds = ",".join(str(view.kind) for view in layout.views)
+    return Subject(backend, direction, str(layout.dtype).removeprefix("torch."), bucket, kinds, chain.text)
 
 
 def lookup(what: Subject, device: torch.device, kind: type[C]) -> C | None:
-    """The launch found for it, an instance of the dataclass `kind`, or None."""
+    """Return the launch that was found for it, an instance of the dataclass `kind`, or None."""
     entry = _read(_folder(), _name(device)).get(str(what))
     if entry is None:
         return None
@@ -206,15 +206,15 @@ def lookup(what: Subject, device: torch.device, kind: type[C]) -> C | None:
         return None
 
 
-def chosen(backend: str, chain: Chain | Slope, view: Layout, direction: str, device: torch.device, default: C) -> C:
-    """The launch found for a call, or the `default`, a dataclass too."""
-    return lookup(subject(backend, chain, view, direction), device, type(default)) or default
+def chosen(backend: str, chain: Chain | Slope, layout: Layout, direction: str, default: C) -> C:
+    """Return the launch that was found for a call, or the `default`, which is a dataclass too."""
+    return lookup(subject(backend, chain, layout, direction), layout.device, type(default)) or default
 
 
 def keep(what: Subject, device: torch.device, launch: Any, microseconds: float, before: float) -> Path:
-    """Write down a launch (a dataclass of numbers) and its time, and what it took `before`; gives the file.
+    """Write a launch (a dataclass of numbers), its time and the time `before` to a file, and return the file.
 
-    What other processes wrote meanwhile stays. Raises BackendUnavailable where the cache cannot be written to.
+    What other processes wrote meanwhile stays. Raises BackendUnavailable if the cache cannot be written to.
     """
     file = _file(device)
     try:
@@ -231,7 +231,7 @@ def keep(what: Subject, device: torch.device, launch: Any, microseconds: float, 
 
 
 def forget(device: torch.device) -> list[Path]:
-    """Delete all that was kept for this GPU, with any software; gives the files."""
+    """Delete all that was kept for this GPU, with any software, and return the files."""
     files = sorted(_folder().glob(f"{_name(device)}_*.json"))
     for file in files:
         file.unlink(missing_ok=True)
@@ -240,7 +240,7 @@ def forget(device: torch.device) -> list[Path]:
 
 
 def kept(device: torch.device) -> tuple[Path, int]:
-    """The file for this GPU and software, whether it is there or not, and how many launches are found in it."""
+    """Return the file for this GPU and software, which may not exist, and the number of launches in it."""
     file = _file(device)
     return file, len(_entries(file) or {})
 
@@ -250,7 +250,7 @@ def _folder() -> Path:
 
 
 def _name(device: torch.device) -> str:
-    """The GPU's, fit for a file's name."""
+    """Return the name of the GPU, fit for a file's name."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return re.sub("[^A-Za-z0-9]+", "-", gpu)
 
@@ -261,7 +261,7 @@ def _file(device: torch.device) -> Path:
 
 @lru_cache(maxsize=1)
 def _software() -> str:
-    """A short digest of all that makes another launch fastest: versions, and the kernels' sources."""
+    """Return a short digest of all that may make another launch the fastest: versions and the kernels' sources."""
     digest = hashlib.sha256(f"{dualop.__version__} {torch.__version__} {_triton()}".encode())
     for folder, pattern in KERNELS.items():
         for file in sorted(sources.folder(folder).rglob(pattern)):
@@ -278,7 +278,7 @@ def _triton() -> str:
 
 @lru_cache(maxsize=None)
 def _read(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """What is kept for a GPU; read once in a process."""
+    """Return what is kept for a GPU; it is read once in a process."""
     try:
         if not any(folder.glob(f"{name}_*.json")):  # so that the first call of most people digests no sources
             return {}
@@ -292,7 +292,7 @@ def _read(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _entries(file: Path) -> dict[str, dict[str, Any]] | None:
-    """The entries of a file, none if there is no file, None if it is no such file."""
+    """Return the entries of a file; none if there is no file, None if it is not such a file."""
     try:
         content = json.loads(file.read_text("utf-8"))
         found = content["found"]

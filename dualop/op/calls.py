@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
+import torch
 from torch import Tensor
 
 from dualop.backends import registry
@@ -16,7 +17,7 @@ from dualop.errors import DeviceError, OperandError, ShapeError
 from dualop.language import slopes, syntax
 from dualop.language.slopes import Slope
 from dualop.language.syntax import Chain
-from dualop.launch.layout import device_of
+from dualop.launch.checks import device_of
 
 
 def forward_chain(operands: Sequence[Tensor], text: str, backend: str) -> Chain:
@@ -26,9 +27,16 @@ def forward_chain(operands: Sequence[Tensor], text: str, backend: str) -> Chain:
     return chain
 
 
-def backward_chain(operands: Sequence[Tensor], text: str, backend: str, needs: Sequence[bool]) -> Chain | Slope:
-    """Return what a `dualop::backward` runs: a chain, or the slope of one. Raises the errors of `forward_chain`."""
-    chain = slopes.parse(text)
+def backward_chain(
+    operands: Sequence[Tensor], text: str, backend: str, needs: Sequence[bool], order: int = 1
+) -> Chain | Slope:
+    """Return what a `dualop::backward` runs: the chain, or for order 2 its slope.
+
+    Raises the errors of `forward_chain`.
+    """
+    if order not in (1, 2):
+        raise OperandError(f"the order of a derivative is 1 or 2, not {order}")
+    chain = slopes.of_order(text, order)
     _check(chain, operands, backend)
     if len(needs) != 1 + len(operands):
         raise OperandError(
@@ -37,10 +45,10 @@ def backward_chain(operands: Sequence[Tensor], text: str, backend: str, needs: S
     return chain
 
 
-def check_gradient(gy: Tensor, x: Tensor, operands: Sequence[Tensor]) -> None:
-    """Raise ShapeError or DeviceError if gy is no gradient of a result of these tensors."""
+def check_gradient(gy: Tensor, x: Tensor, operands: Sequence[Tensor], device: torch.device | None = None) -> None:
+    """Raise ShapeError or DeviceError if gy is no gradient of a result of these tensors, which are on `device`."""
     check_shape(gy.shape, [t.shape for t in (x, *operands)])
-    if gy.device != (device := device_of(x, operands)):
+    if gy.device != (device := device or device_of(x, operands)):
         raise DeviceError(f"gy has to be on the result's device {device}, not on {gy.device}")
 
 

@@ -22,7 +22,9 @@ from dualop.torch_private import FUNCTION
 
 SCHEMAS = {
     "forward": "(Tensor x, Tensor[] operands, str chain, str backend) -> Tensor",
-    "backward": "(Tensor gy, Tensor x, Tensor[] operands, str chain, str backend, bool[] needs) -> Tensor[]",
+    # With order 2, the gradients are those of the chain's slope: of gy f'(x) in x and gy, which is the only operand.
+    "backward": "(Tensor gy, Tensor x, Tensor[] operands, str chain, str backend, bool[] needs, int order=1)"
+    " -> Tensor[]",
 }
 KEYS = {"forward": ("CPU", "CUDA"), "backward": ("CPU", "CUDA", "Batched")}  # Batched: of the legacy vmap
 

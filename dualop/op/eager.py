@@ -11,16 +11,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
 from dualop import torch_private
-from dualop.backends import registry
-from dualop.language.syntax import parse
-from dualop.replay.record import recorded
 from dualop.torch_private import SHORT_WAY
 
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -90,25 +86,3 @@ def _unseen_watcher() -> str:
     except Exception as error:
         return f"a trial of the private names failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
     return f"a call under {passed[0]} passes for an unwatched one" if passed else ""
-
-
-def forward(calls: Any, arguments: tuple[str, str], tensors: Sequence[Tensor]) -> Tensor:
-    """Return the backend's result for (x, *operands), unwatched and checked; `calls` (dualop/replay) may replay it."""
-    y = None if calls is None else calls(tensors[0], tensors[1:])
-    if y is not None and y is not False:
-        return y
-    backend, chain = registry.BACKENDS[arguments[1]], parse(arguments[0])
-    if calls is None or y is False:
-        return backend.forward(chain, tensors[0], tensors[1:])
-    return recorded(calls, tensors, None, lambda: (backend.forward(chain, tensors[0], tensors[1:]),))[0]
-
-
-def backward(
-    calls: Any, arguments: tuple[str, str], gy: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]
-) -> Sequence[Tensor]:
-    """Return the backend's gradients of an unwatched call; `calls` may not know it yet, or may be None."""
-    backend, chain = registry.BACKENDS[arguments[1]], parse(arguments[0])
-    if calls is None:
-        return backend.backward(chain, gy, tensors[0], tensors[1:], needs)
-    call = lambda: backend.backward(chain, gy, tensors[0], tensors[1:], needs)
-    return recorded(calls, (gy, *tensors), needs, call)

@@ -1,7 +1,7 @@
 """Replay known calls in C++, the short way without Python except for one function.
 
     calls = replay.known.get((chain.text, "cuda"))      # None: use Python
-    y = calls(x, (bias,))                               # a result; None: not seen yet; False: use another way
+    y = calls(x, (bias,))                               # None: use Python
 
 The first call of its kind runs in Python and is recorded (dualop/replay/record.py): which memory it allocates, and what
 its launchers receive. Each later call with tensors of the same layouts, dtypes, device and alignment is replayed from
@@ -99,10 +99,10 @@ def missing() -> list[str]:
     return [*build.missing_tools(True), *([] if header.is_file() else [f"no {header}: install Python's headers"])]
 
 
-def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any]) -> Any:
+def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any], first: Any) -> Any:
     """Return the Calls of a chain on the `backend` that `requested` chose, or None without the extension.
 
-    They are created if needed. `apply` is that of the autograd.Function, which makes a node where a call needs one.
+    They are created if needed. `apply(first, *tensors)` makes a node of the autograd.Function where a call needs one.
     """
     if not on or not torch_private.SHORT_WAY.works:
         return None
@@ -112,7 +112,7 @@ def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any]) -
         return None
     found = known.get((chain, backend))
     if found is None:
-        found = known[chain, backend] = _module.Calls((chain, backend), apply)
+        found = known[chain, backend] = _module.Calls(first, apply)
     return known.setdefault((chain, requested), found)
 
 

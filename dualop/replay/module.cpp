@@ -3,8 +3,8 @@
 //     calls(x, operands)                    the result, with a node of the autograd.Function if anything requires a gradient
 //     calls.backward(needs, gy, *tensors)   what the Function's backward returns
 //
-// Both return None for a call that has not been seen yet, which Python may record and `learn`, and False for one that
-// goes another way: something watches it, its tensors are not plain, or it was learned that it has no launches.
+// Both return None for a call that has to run in Python: it is not known, or something watches it, its tensors are not
+// plain, or it was learned that it cannot be replayed. `calls.unknown(needs, tensors)` says that it can be learned.
 #include "call.h"
 
 namespace dualop {
@@ -12,8 +12,8 @@ namespace dualop {
 struct CallsObject {
     PyObject_HEAD
     vectorcallfunc call;
-    PyObject* arguments;  // of the autograd.Function
-    PyObject* apply;      // that Function's
+    PyObject* first;  // the autograd.Function's first argument
+    PyObject* apply;  // that Function's
     Calls* calls;
 };
 
@@ -52,29 +52,29 @@ PyObject* wrapped(const std::vector<int>& results, bool forward, Tensors& made) 
     return tuple;
 }
 
-// What the call gives, None or False; nullptr with Python's error. `lead` is FORWARD or says which gradients.
+// What the call gives, or None; nullptr with Python's error. `lead` is FORWARD or says which gradients.
 PyObject* replay(CallsObject* self, int64_t lead, PyObject* const* objects, Py_ssize_t count) {
     const bool forward = lead == FORWARD;
-    if (count < 1 || watched()) Py_RETURN_FALSE;
+    if (count < 1 || watched()) Py_RETURN_NONE;
     Key key;
-    if (!describe(lead, objects, count, key)) Py_RETURN_FALSE;
+    if (!describe(lead, objects, count, key)) Py_RETURN_NONE;
     const auto known = self->calls->find(key);
     if (known == self->calls->end()) Py_RETURN_NONE;
     const std::shared_ptr<const Call> call = known->second;  // others may forget it while this one runs
-    if (call->launches.empty()) Py_RETURN_FALSE;
+    if (call->launches.empty()) Py_RETURN_NONE;
     if (forward && c10::GradMode::is_enabled()) {
         for (Py_ssize_t i = 0; i < count; i++) {
             if (!tensor_in(objects[i]).requires_grad()) continue;
-            c10::SmallVector<PyObject*, 16> arguments = {reinterpret_cast<PyObject*>(self), self->arguments};
+            c10::SmallVector<PyObject*, 16> arguments = {self->first};
             arguments.append(objects, objects + count);
             return PyObject_Vectorcall(self->apply, arguments.data(), arguments.size(), nullptr);
         }
     }
     const c10::Device device = tensor_in(objects[0]).device();
-    if (!is_current(device) || !call->allowed()) Py_RETURN_FALSE;
+    if (!is_current(device) || !call->allowed()) Py_RETURN_NONE;
     const int64_t stream = stream_of(device);
     Tensors made;
-    if (!call->run(objects, count, stream, made)) Py_RETURN_FALSE;
+    if (!call->run(objects, count, stream, made)) Py_RETURN_NONE;
     return wrapped(call->results, forward, made);
 }
 
@@ -90,7 +90,7 @@ template <class F> PyObject* guarded(F body) {
 
 PyObject* forward(PyObject* object, PyObject* const* arguments, size_t flagged, PyObject*) {
     return guarded([&]() -> PyObject* {
-        if (PyVectorcall_NARGS(flagged) != 2 || !PyTuple_CheckExact(arguments[1])) Py_RETURN_FALSE;
+        if (PyVectorcall_NARGS(flagged) != 2 || !PyTuple_CheckExact(arguments[1])) Py_RETURN_NONE;
         c10::SmallVector<PyObject*, 16> tensors = {arguments[0]};
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[1]); i++) {
             tensors.push_back(PyTuple_GET_ITEM(arguments[1], i));
@@ -102,7 +102,7 @@ PyObject* forward(PyObject* object, PyObject* const* arguments, size_t flagged, 
 PyObject* backward(PyObject* object, PyObject* const* arguments, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
         if (count < 2 || !PyTuple_Check(arguments[0])) return PyErr_Format(PyExc_TypeError, "needs, gy, *tensors");
-        if (c10::GradMode::is_enabled()) Py_RETURN_FALSE;
+        if (c10::GradMode::is_enabled()) Py_RETURN_NONE;
         return replay(reinterpret_cast<CallsObject*>(object), lead_of(arguments[0]), arguments + 1, count - 1);
     });
 }
@@ -163,18 +163,31 @@ PyObject* learn(PyObject* object, PyObject* arguments) {
     });
 }
 
+// unknown(needs, tensors): whether such a call may be replayed once it was learned, and has not been yet.
+PyObject* unknown(PyObject* object, PyObject* arguments) {
+    return guarded([&]() -> PyObject* {
+        PyObject *needs, *tensors;
+        if (!PyArg_ParseTuple(arguments, "OO!", &needs, &PyTuple_Type, &tensors)) return nullptr;
+        Key key;
+        if (watched() || !describe(lead_of(needs), &PyTuple_GET_ITEM(tensors, 0), PyTuple_GET_SIZE(tensors), key)) {
+            Py_RETURN_FALSE;
+        }
+        return PyBool_FromLong(!reinterpret_cast<CallsObject*>(object)->calls->count(key));
+    });
+}
+
 PyObject* forget(PyObject* object, PyObject*) {
     reinterpret_cast<CallsObject*>(object)->calls->clear();
     Py_RETURN_NONE;
 }
 
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
-    PyObject *given, *apply;
-    if (!PyArg_ParseTuple(arguments, "OO", &given, &apply)) return nullptr;
+    PyObject *first, *apply;
+    if (!PyArg_ParseTuple(arguments, "OO", &first, &apply)) return nullptr;
     auto* self = reinterpret_cast<CallsObject*>(type->tp_alloc(type, 0));
     if (!self) return nullptr;
     self->call = forward;
-    self->arguments = Py_NewRef(given);
+    self->first = Py_NewRef(first);
     self->apply = Py_NewRef(apply);
     self->calls = new Calls;
     return reinterpret_cast<PyObject*>(self);
@@ -183,7 +196,7 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
 void destroy(PyObject* object) {
     auto* self = reinterpret_cast<CallsObject*>(object);
     delete self->calls;
-    Py_DECREF(self->arguments);
+    Py_DECREF(self->first);
     Py_DECREF(self->apply);
     Py_TYPE(object)->tp_free(object);
 }
@@ -192,6 +205,7 @@ Py_ssize_t size(PyObject* object) { return static_cast<Py_ssize_t>(reinterpret_c
 
 PyMethodDef methods[] = {
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(backward)), METH_FASTCALL, nullptr},
+    {"unknown", unknown, METH_VARARGS, nullptr},
     {"learn", learn, METH_VARARGS, nullptr},
     {"forget", forget, METH_NOARGS, nullptr},
     {},

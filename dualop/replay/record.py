@@ -49,9 +49,11 @@ def recorded(
 ) -> Sequence[Tensor]:
     """Return the results of `call`; afterwards `calls` (dualop/replay/module.cpp) knows how they are made.
 
-    `needs` is None forward; backward it says for each of (x, *operands) whether its gradient is among the results.
+    `needs` is None forward; backward it is the Function's needs_input_grad, which says which gradients are the results.
     """
-    if len({id(t) for t in tensors}) < len(tensors):  # the record could not tell them apart
+    tensors = tuple(tensors)
+    known = calls is None or not calls.unknown(needs, tensors)
+    if known or len({id(t) for t in tensors}) < len(tensors):  # the record could not tell equal ones apart
         return call()
     launches: list[Launched] = []
     _here.launches = launches
@@ -64,24 +66,25 @@ def recorded(
 
 
 def _record(
-    tensors: Sequence[Tensor], needs: Sequence[bool] | None, launches: Sequence[Launched], results: Sequence[Tensor]
+    tensors: tuple[Tensor, ...],
+    needs: Sequence[bool] | None,
+    launches: Sequence[Launched],
+    results: Sequence[Tensor],
 ) -> tuple[Any, ...]:
     """Return what Calls.learn takes. It has no launches where the call cannot be recorded."""
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     used = [[(slot, t) for slot, t in enumerate(words) if isinstance(t, Tensor)] for _, words, *_ in launches]
     buffers = {id(t): t for pairs in used for _, t in pairs if id(t) not in places}
     read = {id(t) for pairs in used for _, t in pairs}
-    flags = None if needs is None else (False, False, *needs)
     whole = all(id(t) in read for t in tensors) and all(id(t) in buffers for t in results)
     if not whole:
-        return flags, tuple(tensors), (), (), ()
+        return needs, tensors, (), (), ()
     made = {key: place for place, key in enumerate(buffers)}
     places |= {key: len(tensors) + place for key, place in made.items()}
     given = iter(results)
-    order = (True,) if flags is None else flags
     return (
-        flags,
-        tuple(tensors),
+        needs,
+        tensors,
         tuple(buffers.values()),
         tuple(
             (
@@ -94,5 +97,5 @@ def _record(
             )
             for (function, words, stream, allowed), pairs in zip(launches, used, strict=True)
         ),
-        tuple(made[id(next(given))] if wanted else -1 for wanted in order),
+        tuple(made[id(next(given))] if wanted else -1 for wanted in (needs or (True,))),
     )

@@ -13,7 +13,7 @@ from torch.autograd import grad
 
 import dualop
 from dualop.language.stages import STAGES
-from dualop.launch.layout import DTYPES, layout
+from dualop.launch.layout import DTYPES, layout_of
 from torch_contract.case import Case, refused, same, written_out
 
 LOOSE = 2e-2  # of 16-bit results of size 1 that torch has rounded after every function, dualop once
@@ -24,7 +24,7 @@ def type_promotion(case: Case) -> None:
     for one, other, shape, operand in itertools.product(DTYPES, DTYPES, ((4, 5), ()), ((5,), ())):
         x, a = torch.empty(shape, dtype=one, device="meta"), torch.empty(operand, dtype=other, device="meta")
         expected = (x + a).dtype
-        assert layout(x, [a]).dtype == case.chain(x, a).dtype == expected, f"{one} {shape} and {other} {operand}"
+        assert layout_of(x, [a]).dtype == case.chain(x, a).dtype == expected, f"{one} {shape} and {other} {operand}"
     for one, other, operand in (
         (torch.bfloat16, torch.float32, (5,)),
         (torch.bfloat16, torch.float32, ()),
