@@ -3,9 +3,8 @@
     op = dualop.chain("add | swish | tanh | gelu | hardtanh(-1, 1)")
     y = op(x, bias)
 
-Names are loaded on first use, so that `dualop --help` does not import torch. The ops `torch.ops.dualop.*` exist as soon
-as both torch and dualop have been imported. Where dualop was imported first, they exist when torch reads a saved
-program.
+The ops `torch.ops.dualop.*` exist once dualop has been imported. Only the command `dualop` imports torch later, so that
+`dualop --help` is quick. Other names are loaded on first use.
 """
 
 from __future__ import annotations
@@ -68,21 +67,6 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-class _Registration:
-    """Register the ops when torch imports its readers of saved programs. As a finder, it finds nothing."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name in ("torch._export.serde", "torch._inductor"):
-            _watch_no_more()
-            importlib.import_module("dualop.op.library")
-
-
-def _watch_no_more() -> None:
-    """Remove the finder, since dualop.op.library is being imported and may import from another thread meanwhile."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Registration)]
-
-
-if "torch" in sys.modules:
+# The script is called dualop; `python -m dualop` imports this package before it says what it runs.
+if os.path.basename(sys.argv[0] if sys.argv else "") != "dualop" and sys.orig_argv[1:3] != ["-m", "dualop"]:
     importlib.import_module("dualop.op.library")
-else:
-    sys.meta_path.insert(0, _Registration())  # type: ignore[arg-type]

@@ -26,11 +26,10 @@ def test_a_saved_program_is_loaded(first: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 import {first}
-assert ("torch" in sys.modules) == ({first!r} == "torch")
 import dualop, torch
 x, add, expected = torch.load("tensors.pt")
 torch.testing.assert_close(torch.export.load("program.pt2").module()(x, add), expected)
-assert not any(type(finder).__name__ == "_Registration" for finder in sys.meta_path)
+assert not any(type(finder).__module__.startswith("dualop") for finder in sys.meta_path)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path,

@@ -29,9 +29,11 @@ OTHERWISE = {
 
 # Runs with a name of torch taken away, or replaced, while dualop is imported. Everything is compared with torch's own.
 SCRIPT = """
-import dualop  # before torch, so that nothing of it looks for names yet
-from dualop import versions
 import sys, warnings
+sys.argv[0] = "dualop"  # the command, which imports torch later: nothing looks for its names yet
+import dualop
+from dualop import versions
+assert "torch" not in sys.modules
 import torch, torch.utils.flop_counter, torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import grad, vmap, jvp, jacrev, hessian
