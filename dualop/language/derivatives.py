@@ -75,9 +75,9 @@ def mish_gradient(gy: Tensor, z: Tensor) -> Tensor:
     return gy * (t + z * torch.sigmoid(z) * (1 - t * t))
 
 
-def hardswish_gradient(gy: Tensor, z: Tensor) -> Tensor:
-    """The gradient without torch's constants rounded to float32; at the kinks as torch has it."""
-    return torch.where(z.abs() < 3, gy * (z / 3 + 0.5), torch.ops.aten.hardswish_backward(gy, z))
+def hardsigmoid(z: Tensor) -> Tensor:
+    """Return hardsigmoid(z) without torch's constants rounded to float32; its autograd has torch's values at kinks."""
+    return torch.where(z.abs() >= 3, (z > 0).to(z.dtype), (z + 3) / 6)
 
 
 # ---- second derivatives ----------------------------------------------------------------------------------------------
