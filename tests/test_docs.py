@@ -133,7 +133,6 @@ TO_BE_REWRITTEN = (
     "dualop/language/",
     "dualop/launch/tuning.py",
     "dualop/linear.py",
-    "dualop/numerics/exact.py",
 )
 SOURCES = [
     path

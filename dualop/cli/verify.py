@@ -47,9 +47,11 @@ def verify(
     from dualop.numerics import cases, report
     from dualop.numerics import verify as numbers
 
-    texts = [*(chain or []), *(stage.example for stage in STAGES.values() if all_stages)]
-    texts += ['gelu(approximate="tanh")'] if all_stages else []
-    texts += [DEFAULT_CHAIN] if all_stages or not chain else []
+    texts = [*(chain or [])]
+    if all_stages:
+        texts += [*(stage.example for stage in STAGES.values()), 'gelu(approximate="tanh")']
+    if all_stages or not chain:
+        texts.append(DEFAULT_CHAIN)
     chains = list(dict.fromkeys(map(dualop.chain, texts)))
     given, dtypes = _numbers(operand or []), options.dtypes(dtype)
     if unknown := [name for name in given if not any(name in op.operands for op in chains)]:
@@ -73,17 +75,14 @@ def verify(
             found = numbers.verify(op, dtypes, names, device, stride, own, step)
             out.print(report.verified(found))
             rows += found
-    seconds = time.monotonic() - start
-    ok = all(row.ok for row in rows)
+    seconds, machine, ok = time.monotonic() - start, device_info(device), all(row.ok for row in rows)
     for text in report.coverage(rows):
         out.print(text, highlight=False)
-    said = f"{report.summary(rows)}, {seconds:.0f} s"
-    out.print(said, style="green" if ok else "red", highlight=False)
-    machine = device_info(device)
+    out.print(f"{report.summary(rows)}, {seconds:.0f} s", style="green" if ok else "red", highlight=False)
     about = {"ok": ok, "device": machine, "unavailable": unavailable, "seconds": round(seconds, 1)}
     output.write(json_file, {**about, "rows": report.as_json(rows)})
-    command = shlex.join(["dualop", *sys.argv[1:]])
-    output.write(markdown, report.markdown(rows, command, machine, seconds), "--markdown")
+    page = report.markdown(rows, shlex.join(["dualop", *sys.argv[1:]]), machine, seconds)
+    output.write(markdown, page, "--markdown")
     if not ok:
         raise typer.Exit(1)
 

@@ -97,42 +97,38 @@ def cross_check(chain: Chain, sample: Sample, backends: Sequence[str]) -> list[R
 
     An error that a backend raises is a row that is not ok, with the error as its note.
     """
-    rows: list[Row] = []
+    call: dict[str, Any] = dict(chain=str(chain), dtype=sample.dtype, shape=list(sample.x.shape), layout=sample.layout)
 
-    def row(backend: str, against: str, quantity: str, result: Comparison, note: str) -> None:
-        rows.append(
-            Row(
-                backend=backend,
-                against=against,
-                chain=str(chain),
-                dtype=sample.dtype,
-                shape=list(sample.x.shape),
-                layout=sample.layout,
-                quantity=quantity,
-                max_ulp=round(result.max_ulp, 4) if result.max_ulp < torch.inf else None,
-                allowed_ulp=round(result.allowed, 3),
-                where=None if result.where is None else list(result.where),
-                note=note,
-                ok=result.ok,
-                interpreted=BACKENDS[backend].interpreted,
-            )
+    def row(backend: str, against: str, quantity: str, result: Comparison, note: str) -> Row:
+        return Row(
+            backend=backend,
+            against=against,
+            quantity=quantity,
+            max_ulp=round(result.max_ulp, 4) if result.max_ulp < torch.inf else None,
+            allowed_ulp=round(result.allowed, 3),
+            where=None if result.where is None else list(result.where),
+            note=note,
+            ok=result.ok,
+            interpreted=BACKENDS[backend].interpreted,
+            **call,
         )
 
-    exact = truth(chain, sample)
+    exact, rows = truth(chain, sample), []
     found: dict[str, dict[str, Tensor]] = {}
     for backend in backends:
         try:
             found[backend] = results(partial(chain, backend=backend), chain.operands, sample)
         except Exception as error:
-            row(backend, "float64", "y", Comparison(False, torch.inf), f"{type(error).__name__}: {error}")
+            note = f"{type(error).__name__}: {error}"
+            rows.append(row(backend, "float64", "y", Comparison(False, torch.inf), note))
     names = list(found)
     for i, backend in enumerate(names):
         for quantity, value in found[backend].items():
             right = exact[quantity]
             result = right.judge(value, backend)
-            row(backend, "float64", quantity, result, result.note())
+            rows.append(row(backend, "float64", quantity, result, result.note()))
             for other in names[i + 1 :]:
                 both = right.tolerance(backend, value.dtype) + right.tolerance(other, value.dtype)
                 result = compare(value, found[other][quantity], both, right.scale, right.unsettled)
-                row(backend, other, quantity, result, result.note(other))
+                rows.append(row(backend, other, quantity, result, result.note(other)))
     return rows

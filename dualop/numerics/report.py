@@ -57,7 +57,7 @@ def _differ(rows: Sequence[check.Row]) -> str:
     return rows[0].verdict if len(rows) == 1 else f"{bad} differ" if bad else "ok"
 
 
-# Of a group of comparisons of one dtype and pair, the worst first.
+# Of comparisons of one dtype and pair, the worst first.
 CHECKED: dict[str, Callable[[Sequence[check.Row]], str]] = {
     "dtype": lambda rows: rows[0].dtype,
     "backend": lambda rows: rows[0].backend,
@@ -77,13 +77,12 @@ def checked(rows: Sequence[check.Row], by_quantity: bool = False) -> list[Table]
     A line shows the comparison nearest to its tolerance. `by_quantity` gives every gradient a line of its own. Of the
     failures there are at most MOST_MISMATCHES, the worst.
     """
-    groups: dict[tuple[str, ...], list[check.Row]] = {}
+    kind = lambda row: row.quantity if by_quantity or row.quantity == "y" else "gradients"
+    group = lambda row: (row.dtype, row.backend, row.against, kind(row))
+    groups: dict[tuple[str, ...], list[check.Row]] = {group(row): [] for row in rows}
     worst = sorted(rows, key=lambda row: row.severity, reverse=True)
-    for row in rows:
-        kind = row.quantity if by_quantity or row.quantity == "y" else "gradients"
-        groups.setdefault((row.dtype, row.backend, row.against, kind), []).append(row)
-    for group in groups.values():
-        group.sort(key=lambda row: row.severity, reverse=True)
+    for row in worst:
+        groups[group(row)].append(row)
     red = lambda rows: None if all(row.ok for row in rows) else "red"
     tables = [table("largest errors", CHECKED, groups.values(), red)]
     if bad := [row for row in worst if not row.ok]:

@@ -35,11 +35,10 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float16, torch.bfloat16
 # behind in float32.
 OWN = {torch.float16: (1, 1), torch.bfloat16: (1, 1), torch.float32: (16, 32), torch.float64: (16, 32)}
 OF_SCALE = {torch.float16: (0.0, 0.0), torch.bfloat16: (0.0, 0.0), torch.float32: (0.25, 0.5)}
-# Where torch's formulas cancel in the tails, the errors are a few ulps of the largest intermediate value: in the
-# arithmetic of a backend that has these formulas, and in that of the truth, which counts in float64.
+# torch's formulas cancel in the tails, with errors of a few ulps of the largest intermediate value. So many of S are
+# allowed to a backend that has these formulas, and to all in float64, since the truth has them there.
 CANCELLED = (16, 64)
 SMALLEST = 1e-150  # a divisor whose square is a number, too
-TORCH_CONSTANT = 2.0**29  # float64 ulps of a constant that torch rounds to float32
 
 
 def differentiated(
@@ -73,20 +72,18 @@ def exact(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> tuple[Tensor, 
 
 @dataclass(frozen=True)
 class Truth:
-    """Hold a quantity's exact value (float64), its S, where it is unsettled, and the parts of its tolerance.
+    """Hold the exact value of a result or gradient (float64), its S, where it is unsettled, and what it is summed from.
 
-    The parts are in ulps of the element: what one ulp of each of its terms comes to (`terms`: 1 if it is no sum), what
-    one ulp of S in each comes to (`scales`), and what adding them up in the accumulator's dtype costs (`adding`, in its
-    ulps). `computed` is the dtype of the chain's result, which says in which dtype kernels calculate. `rounded` says
-    that torch's own formulas have constants rounded to float32.
+    `sizes` are the magnitudes of its terms, at least S / 1024 of theirs, which is `term_scale`; it may be its own term.
+    `computed` is the dtype of the chain's result, which says in which dtype kernels calculate. `rounded` says that
+    torch's own formulas have constants rounded to float32.
     """
 
     value: Tensor
     scale: float
     unsettled: Tensor
-    terms: Tensor
-    scales: Tensor
-    adding: Tensor
+    sizes: Tensor
+    term_scale: float
     gradient: bool
     computed: torch.dtype
     rounded: bool
@@ -96,19 +93,31 @@ class Truth:
         torch_formulas = backend in BACKENDS and BACKENDS[backend].torch_formulas
         wide = torch.float64 if self.computed == torch.float64 else torch.float32
         coarse = max(dtype, self.computed, key=EPS.__getitem__)
-        own: float = OWN[coarse][self.gradient]
+        own = EPS[coarse] * OWN[coarse][self.gradient]
         if torch_formulas or coarse == torch.float64:
-            of_scale = CANCELLED[self.gradient] * EPS[wide] / EPS[coarse]
+            of_scale = EPS[wide] * CANCELLED[self.gradient]
         else:
-            of_scale = OF_SCALE[coarse][self.gradient]
+            of_scale = EPS[coarse] * OF_SCALE[coarse][self.gradient]
         if torch_formulas and self.rounded and coarse == torch.float64:
-            own = of_scale = TORCH_CONSTANT
-        term = (own * self.terms + of_scale * self.scales) * (EPS[coarse] / EPS[dtype])
-        return term + self.adding * (EPS[wide] / EPS[dtype])
+            own = of_scale = EPS[torch.float32]
+        sizes, unit, shape = self.sizes, _sizes(self.value, self.scale), self.value.shape
+        count, sums = sizes.numel() // max(1, shape.numel()), sizes.sum_to_size(shape)
+        # Errors of many terms are as often up as down: their root mean square counts, four times over, but never more
+        # than their sum.
+        spread = torch.minimum(sums, 4 * sizes.square().sum_to_size(shape).sqrt())
+        allowed = own * spread + of_scale * self.term_scale * min(count, 4 * count**0.5)
+        if count > 1:  # adding up rounds, and so does the end
+            allowed = allowed + own * unit + EPS[wide] * count**0.5 * sums
+        return (allowed / (EPS[dtype] * unit)).nan_to_num(1.0)
 
     def judge(self, value: Tensor, backend: str) -> Comparison:
         """Compare what `backend` has computed with the truth."""
         return compare(value, self.value, self.tolerance(backend, value.dtype), self.scale, self.unsettled)
+
+
+def _sizes(values: Tensor, scale: float) -> Tensor:
+    """Return the magnitudes whose ulps count: positive, since they divide, and numbers also where the value is NaN."""
+    return values.abs().clamp(min=max(scale / 1024, SMALLEST)).nan_to_num(torch.inf)
 
 
 def truth(chain: Chain, sample: Sample) -> dict[str, Truth]:
@@ -121,37 +130,17 @@ def truth(chain: Chain, sample: Sample) -> dict[str, Truth]:
         return differentiated(function, leaves, gy.to(dtype))
 
     y, terms = in_dtype(torchs(precise(chain)), torch.float64)
-    wide = torch.float64 if gy.dtype == torch.float64 else torch.float32
-    torchs_y, torchs_terms = in_dtype(torchs(chain), wide)
+    torchs_y, torchs_terms = in_dtype(torchs(chain), torch.float64 if gy.dtype == torch.float64 else torch.float32)
     x = sample.x.double().expand(y.shape)
     ordinary = torch.isin(x, torch.tensor(SPECIAL, dtype=x.dtype, device=x.device)).logical_not_() & x.isfinite()
     rounded = any(callable(c.stage.exact) for c in chain.calls)
 
-    def size(values: Tensor, scale: float) -> Tensor:
-        # A tensor that is zero all over has no S, but needs a divisor; and a tolerance must be a number, also for NaN.
-        return values.abs().clamp(min=max(scale / 1024, SMALLEST)).nan_to_num(torch.inf)
-
     def quantity(term: Tensor, shape: torch.Size, unsettled: Tensor, gradient: bool) -> Truth:
-        """Return the quantity that is the sum of `term` to `shape`; of one term if they have the same shape."""
-        count = term.numel() // max(1, shape.numel())
-        value, scale = term.sum_to_size(shape), largest(term, ordinary)
-        total = largest(value) if count > 1 else scale
-        each, unit = size(term, scale), size(value, total)
-        sums = each.sum_to_size(shape)
-        # Errors of many terms are as often up as down: their root mean square counts, four times over, but never more
-        # than their sum. The sum is rounded, too.
-        spread = torch.minimum(sums, 4 * each.square().sum_to_size(shape).sqrt())
-        return Truth(
-            value,
-            total,
-            unsettled.double().sum_to_size(shape) > 0,
-            terms=(spread / unit).nan_to_num(1.0) + (count > 1),
-            scales=min(count, 4 * count**0.5) * scale / unit,
-            adding=(count > 1) * (count**0.5 * sums / unit).nan_to_num(0.0),
-            gradient=gradient,
-            computed=gy.dtype,
-            rounded=rounded,
-        )
+        """Return the quantity that is the sum of `term` to `shape`."""
+        value, term_scale = term.sum_to_size(shape), largest(term, ordinary)
+        scale = term_scale if term.shape == shape else largest(value)
+        unsettled = unsettled.double().sum_to_size(shape) > 0
+        return Truth(value, scale, unsettled, _sizes(term, term_scale), term_scale, gradient, gy.dtype, rounded)
 
     found = {"y": quantity(y, y.shape, torchs_y.isnan() & ~y.isnan(), False)}
     settled = x.isfinite() & torchs_y.isfinite()

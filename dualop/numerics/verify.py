@@ -19,6 +19,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,17 +184,8 @@ def verify(
     functions = {"eager": torchs(chain)} | {name: partial(chain, backend=name) for name in backends}
     rows = []
     for dtype in dtypes:
-        found = {
-            name: [
-                Row(
-                    str(chain), dtype, name, quantity, LIMIT[dtype], scale, sweep.count(dtype),
-                    sampled=sweep.stride_of(dtype) > 1,
-                    interpreted=name in BACKENDS and BACKENDS[name].interpreted,
-                )
-                for quantity, scale in zip(QUANTITIES, scales, strict=True)
-            ]
-            for name in functions
-        }  # fmt: skip
+        covered: Any = dict(limit=LIMIT[dtype], inputs=sweep.count(dtype), sampled=sweep.stride_of(dtype) > 1)
+        found = {name: _rows(chain, dtype, name, scales, **covered) for name in functions}
         vectors = operands(dtype)
         for x in pieces(dtype):
             _add(chain, functions, found, x, vectors)
@@ -202,6 +194,13 @@ def verify(
                 row.eager_ulp, row.eager_ordinary_ulp = eager.max_ulp, eager.ordinary_ulp
                 rows.append(row)
     return rows
+
+
+def _rows(chain: Chain, dtype: str, backend: str, scales: Sequence[float], **covered: Any) -> list[Row]:
+    """Return a row for each quantity, to which no result was added."""
+    covered["interpreted"] = backend in BACKENDS and BACKENDS[backend].interpreted
+    each = zip(QUANTITIES, scales, strict=True)
+    return [Row(str(chain), dtype, backend, quantity, scale=scale, **covered) for quantity, scale in each]
 
 
 def _numbers(chain: Chain, given: Mapping[str, float]) -> list[float]:
