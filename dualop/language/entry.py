@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dualop.errors import ChainError
-from dualop.language.ranges import Interval, Range
+from dualop.language.ranges import EVERYTHING, Interval, Range
 
 Argument = float | str
 # The largest float32, and where rounding to float32 begins to give infinity.
@@ -160,6 +160,24 @@ class Stage:
             return f"{self.name}(operand)"
         shown = [p.name if p.default is None else f"{p.name}={argument_text(p.default)}" for p in self.parameters]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+def operand_stage(
+    name: str, reference: Callable[..., Tensor], gradient: Callable[..., tuple[Tensor, Tensor]], number: float
+) -> Stage:
+    """Return the entry of an operand stage that is piecewise linear in z and of whose output nothing is known."""
+    return Stage(
+        name,
+        reference,
+        gradient,
+        name,
+        (Parameter("operand", name),),
+        second=PIECEWISE_LINEAR,
+        range=EVERYTHING,
+        kinks=(),  # those of minimum and maximum are where z is the operand: `check` puts zeros into both
+        operand=True,
+        number=number,
+    )
 
 
 def _is_interval(said: object) -> bool:

@@ -6,15 +6,14 @@ The kernels implement the same names in the same order in `cuda/stages/` and `tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dualop.language import derivatives, ranges
 from dualop.language.derivatives import SELU_ALPHA, SELU_SCALE, exp_below_zero, extremum, kept
-from dualop.language.entry import PIECEWISE_LINEAR, Excuse, Parameter, PiecewiseLinear, Stage
+from dualop.language.entry import PIECEWISE_LINEAR, Excuse, Parameter, Stage, operand_stage
 from dualop.language.ranges import EVERYTHING
 
 aten = torch.ops.aten
@@ -33,48 +32,15 @@ def _number(name: str, default: float | None = None) -> Parameter:
     return Parameter(name, default)
 
 
-def _operand(
-    name: str,
-    reference: Callable[..., Tensor],
-    gradient: Callable[..., tuple[Tensor, Tensor]],
-    second: Callable[..., Tensor] | PiecewiseLinear,
-    number: float,
-) -> Stage:
-    return Stage(
-        name,
-        reference,
-        gradient,
-        name,
-        (Parameter("operand", name),),
-        second=second,
-        range=EVERYTHING,
-        kinks=(),  # those of minimum and maximum are where z is the operand: `check` puts zeros into both
-        operand=True,
-        number=number,
-    )
-
-
 TABLE = (
     # Operand stages: the argument is a tensor's name, x, or a number.
-    _operand("add", lambda z, b: z + b, lambda g, z, b: (g, g), PIECEWISE_LINEAR, 0.0),
-    _operand("sub", lambda z, b: z - b, lambda g, z, b: (g, -g), PIECEWISE_LINEAR, 0.0),
-    _operand("rsub", lambda z, b: b - z, lambda g, z, b: (-g, g), PIECEWISE_LINEAR, 0.0),
-    _operand("mul", lambda z, b: z * b, lambda g, z, b: (g * b, g * z), PIECEWISE_LINEAR, 1.25),
-    _operand("div", lambda z, b: z / b, lambda g, z, b: (g / b, -g * (z / b) / b), PIECEWISE_LINEAR, 3.0),
-    _operand(
-        "minimum",
-        lambda z, b: torch.minimum(z, derivatives.like(z, b)),
-        lambda g, z, b: extremum(g, z, b, lambda mine, other: mine > other),
-        PIECEWISE_LINEAR,
-        0.5,
-    ),
-    _operand(
-        "maximum",
-        lambda z, b: torch.maximum(z, derivatives.like(z, b)),
-        lambda g, z, b: extremum(g, z, b, lambda mine, other: mine < other),
-        PIECEWISE_LINEAR,
-        0.5,
-    ),
+    operand_stage("add", lambda z, b: z + b, lambda g, z, b: (g, g), 0.0),
+    operand_stage("sub", lambda z, b: z - b, lambda g, z, b: (g, -g), 0.0),
+    operand_stage("rsub", lambda z, b: b - z, lambda g, z, b: (-g, g), 0.0),
+    operand_stage("mul", lambda z, b: z * b, lambda g, z, b: (g * b, g * z), 1.25),
+    operand_stage("div", lambda z, b: z / b, lambda g, z, b: (g / b, -g * (z / b) / b), 3.0),
+    operand_stage("minimum", *extremum(torch.minimum, operator.gt), 0.5),
+    operand_stage("maximum", *extremum(torch.maximum, operator.lt), 0.5),
     # Piecewise linear stages.
     Stage(
         "clamp",
