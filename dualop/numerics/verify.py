@@ -221,25 +221,20 @@ def _add(
 ) -> None:
     """Add what the functions compute from one piece of the inputs to their rows."""
     truth = partial(exact, chain, operands=[t[0].double() for t in operands])
-    right = truth(x.double())
-    finite = x.isfinite()
+    right, finite = truth(x.double()), x.isfinite()
     unsettled = right[0].isnan() & ~x.isnan(), right[1].isnan() | ~finite
     magnitudes = [measured_at(r, x.dtype, row.scale) for r, row in zip(right, found["eager"], strict=True)]
-    unjudged = [int((mask & finite).sum()) for mask in unsettled]
     for name, function in functions.items():
         y, (slope,) = differentiated(function, (x.detach().requires_grad_(), *operands))
-        lost = None
-        if name in BACKENDS and x.dtype in BACKENDS[name].flushed:  # subnormals do not reach its kernels
-            lost = (x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)
-        for i, (row, actual) in enumerate(zip(found[name], (y, slope), strict=True)):
-            row.unjudged += unjudged[i]
+        for row, actual, r, magnitude, left_out in zip(
+            found[name], (y, slope), right, magnitudes, unsettled, strict=True
+        ):
+            if name in BACKENDS and x.dtype in BACKENDS[name].flushed:  # subnormals do not reach its kernels
+                left_out = left_out | (x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)
+            row.unjudged += int((left_out & finite).sum())
             # The error is counted in ulps only where it may be larger than what the row has seen or allows.
-            seen = min(row.max_ulp, row.ordinary_ulp, row.limit)
-            chosen = may_exceed(actual, right[i], magnitudes[i], seen).logical_and_(~unsettled[i])
-            if lost is not None:
-                chosen &= ~lost
-                row.unjudged += int((lost & ~unsettled[i]).sum())
-            row.add(x, actual, right[i], chosen, truth)
+            chosen = may_exceed(actual, r, magnitude, min(row.max_ulp, row.ordinary_ulp, row.limit))
+            row.add(x, actual, r, chosen.logical_and_(~left_out), truth)
 
 
 def planned(chains: Iterable[Chain], dtypes: Iterable[str], device: torch.device) -> list[Planned]:
