@@ -52,7 +52,7 @@ def _place(row: check.Row) -> str:
     return f"{row.quantity}{index} of `{row.chain}`, {shape} {row.layout}"
 
 
-def _differ(rows: Sequence[check.Row]) -> str:
+def _verdict(rows: Sequence[check.Row]) -> str:
     bad = sum(not row.ok for row in rows)
     return rows[0].verdict if len(rows) == 1 else f"{bad} differ" if bad else "ok"
 
@@ -67,7 +67,7 @@ CHECKED: dict[str, Callable[[Sequence[check.Row]], str]] = {
     "ulp": lambda rows: ulp_text(rows[0].max_ulp),
     "allowed": lambda rows: f"{rows[0].allowed_ulp:.4g}",
     "where": lambda rows: _place(rows[0]),
-    "verdict": _differ,
+    "verdict": _verdict,
 }
 
 
@@ -148,8 +148,9 @@ def summary(rows: Sequence[verify.Row]) -> str:
 def markdown(rows: Sequence[verify.Row], command: str, machine: Mapping[str, Any], seconds: float) -> str:
     """Return the page that is kept in the repository, with the command that writes it and the machine."""
     where = ", ".join(f"{key} {machine[key]}" for key in ("torch", "triton", "cuda", "python") if machine.get(key))
+    escape = "|", r"\|"
     columns = {"chain": lambda row: f"`{row.chain}`", **VERIFIED}
-    line = lambda cells: f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    line = lambda cells: f"| {' | '.join(cell.replace(*escape) for cell in cells)} |"
     return "\n".join(
         [
             "# Every number of a dtype against float64", "", f"    {command}", "",

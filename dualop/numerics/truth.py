@@ -52,8 +52,8 @@ def differentiated(
     return y.detach(), gradients
 
 
-def torchs(chain: Chain) -> Callable[..., Tensor]:
-    """Return the chain as a function of x and its operands, as torch eager computes it in the tensors' dtypes."""
+def eager(chain: Chain) -> Callable[..., Tensor]:
+    """Return a function of x and the operands: the chain in eager mode, in the tensors' own dtypes."""
     return lambda x, *operands: evaluate(chain, x, operands)
 
 
@@ -66,7 +66,7 @@ def precise(chain: Chain) -> Chain:
 
 def exact(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the chain at x and its derivative by x, both of x's shape; everything is float64."""
-    y, (slope,) = differentiated(torchs(precise(chain)), (x.detach().requires_grad_(), *operands))
+    y, (slope,) = differentiated(eager(precise(chain)), (x.detach().requires_grad_(), *operands))
     return y, slope
 
 
@@ -129,8 +129,8 @@ def truth(chain: Chain, sample: Sample) -> dict[str, Truth]:
         leaves = [t.to(gy.device, dtype).expand(gy.shape).clone().requires_grad_() for t in tensors]
         return differentiated(function, leaves, gy.to(dtype))
 
-    y, terms = in_dtype(torchs(precise(chain)), torch.float64)
-    torchs_y, torchs_terms = in_dtype(torchs(chain), torch.float64 if gy.dtype == torch.float64 else torch.float32)
+    y, terms = in_dtype(eager(precise(chain)), torch.float64)
+    eager_y, eager_terms = in_dtype(eager(chain), torch.float64 if gy.dtype == torch.float64 else torch.float32)
     x = sample.x.double().expand(y.shape)
     ordinary = torch.isin(x, torch.tensor(SPECIAL, dtype=x.dtype, device=x.device)).logical_not_() & x.isfinite()
     rounded = any(callable(c.stage.exact) for c in chain.calls)
@@ -142,8 +142,8 @@ def truth(chain: Chain, sample: Sample) -> dict[str, Truth]:
         unsettled = unsettled.double().sum_to_size(shape) > 0
         return Truth(value, scale, unsettled, _sizes(term, term_scale), term_scale, gradient, gy.dtype, rounded)
 
-    found = {"y": quantity(y, y.shape, torchs_y.isnan() & ~y.isnan(), False)}
-    settled = x.isfinite() & torchs_y.isfinite()
-    for name, tensor, own, torchs_own in zip(("x", *chain.operands), tensors, terms, torchs_terms, strict=True):
-        found[f"grad_{name}"] = quantity(own, tensor.shape, ~(settled & torchs_own.isfinite()), True)
+    found = {"y": quantity(y, y.shape, eager_y.isnan() & ~y.isnan(), False)}
+    settled = x.isfinite() & eager_y.isfinite()
+    for name, tensor, own, eager_own in zip(("x", *chain.operands), tensors, terms, eager_terms, strict=True):
+        found[f"grad_{name}"] = quantity(own, tensor.shape, ~(settled & eager_own.isfinite()), True)
     return found

@@ -30,7 +30,7 @@ from dualop.errors import DtypeError, OperandError
 from dualop.language.entry import Excuse
 from dualop.language.stages import STAGES
 from dualop.numerics.cases import COLUMNS, DTYPES, SWEPT, Sweep
-from dualop.numerics.truth import differentiated, exact, torchs
+from dualop.numerics.truth import differentiated, eager, exact
 from dualop.numerics.ulp import bits_text, largest, may_exceed, measured_at, ulps
 from dualop.op.callable import Chain
 
@@ -181,7 +181,7 @@ def verify(
         if x[0, 0].abs() <= ORDINARY:  # magnitudes rise from one input to the next
             y, slope = exact(chain, x[x.abs() <= ORDINARY].double(), wide)
             scales = max(scales[0], largest(y)), max(scales[1], largest(slope))
-    functions = {"eager": torchs(chain)} | {name: partial(chain, backend=name) for name in backends}
+    functions = {"eager": eager(chain)} | {name: partial(chain, backend=name) for name in backends}
     rows = []
     for dtype in dtypes:
         covered: Any = dict(limit=LIMIT[dtype], inputs=sweep.count(dtype), sampled=sweep.stride_of(dtype) > 1)
@@ -190,8 +190,8 @@ def verify(
         for x in pieces(dtype):
             _add(chain, functions, found, x, vectors)
         for name in backends:
-            for row, eager in zip(found[name], found["eager"], strict=True):
-                row.eager_ulp, row.eager_ordinary_ulp = eager.max_ulp, eager.ordinary_ulp
+            for row, other in zip(found[name], found["eager"], strict=True):
+                row.eager_ulp, row.eager_ordinary_ulp = other.max_ulp, other.ordinary_ulp
                 rows.append(row)
     return rows
 
