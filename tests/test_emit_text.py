@@ -94,11 +94,12 @@ def test_the_command_in_the_file_writes_the_file() -> None:
 def test_trimmed_kernels_compile(first: int, tmp_path: Path) -> None:
     """Some stages at a time, so that each is there without most others."""
     chain = " | ".join(stage.example for stage in list(STAGES.values())[first : first + 8])
-    text = emit(chain, "linear:8x8", "cuda")
+    text = emit(chain, "linear:8x8", "cuda", dtypes=("float16", "float64"))
     source = tmp_path / "source.cpp"
     start = text.index('r"""') + 4
-    cuts = "#define FORWARD_CUT Cut<2, 6>\n#define BACKWARD_CUT Cut<2, 4>\n#define DTYPE float16\n"
-    source.write_text(cuts + on_host(text[start : text.index('"""', start)]))
+    types = "#define DTYPE float16\n#define ARITHMETIC float\n#define BITS_ 11\n#define VEC 8\n#define SUM_Y 4\n"
+    cuts = "#define FORWARD_CUT Cut<2, 32, 8, 6, 1, 1>\n#define BACKWARD_CUT Cut<2, 32, 8, 4, 1, 2>\n"
+    source.write_text(types + cuts + on_host(text[start : text.index('"""', start)]))
     command = [str(build.find_cxx()), "-std=c++17", "-fsyntax-only", "-Wall", "-Wno-unknown-pragmas", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
