@@ -411,5 +411,25 @@ def test_wanted_gradients_empty_batches_and_refusals(run, backend: str, device: 
         module.ModelNew(24, 40, (40,), 0.5)
     with pytest.raises(ValueError, match=r"an operand torch.bfloat16 \(40,\) with z torch.float32"):
         module.Tail.apply(torch.randn(4, 40, device=device), torch.randn(40, device=device, dtype=torch.bfloat16))
+    with pytest.raises(
+        ValueError, match=r"torch.float16 needs other kernels: this file has those for torch.float32, t"
+    ):
+        module.Tail.apply(torch.randn(4, 40, device=device).half(), torch.randn(40, device=device).half())
     with pytest.raises(RuntimeError, match="these gradients have no derivative"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_at_odd_addresses_and_strides(run, backend: str, device: torch.device) -> None:
+    """What no access of 16 bytes can read is copied first: views into the middle, transposed tensors, gradients."""
+    module = run(emit("add | gelu", "input:6x40", backend))
+    x, add = torch.randn(6 * 40 + 1, device=device)[1:].view(6, 40), torch.randn(41, device=device)[1:]
+    gy = torch.randn(40, 6, device=device).t()
+    for z in (x, x.t().contiguous().t()):
+        leaves = [t.clone().requires_grad_() for t in (z, add)]
+        expected = torch.autograd.grad(F.gelu(leaves[0] + leaves[1]), leaves, gy)
+        z, operand = z.requires_grad_(), add.requires_grad_()
+        found = torch.autograd.grad(module.Tail.apply(z, operand), [z, operand], gy)
+        for ours, theirs in zip(found, expected):
+            torch.testing.assert_close(ours, theirs)
+        z.requires_grad_(False)

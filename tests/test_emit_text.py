@@ -15,8 +15,9 @@ from test_emit import on_host
 
 import dualop
 from dualop.build import build
+from dualop.cli.options import dtypes
 from dualop.emit.file import emit, parse_operands
-from dualop.errors import BackendUnavailable, ChainError, OperandError, ShapeError
+from dualop.errors import BackendUnavailable, ChainError, DtypeError, OperandError, ShapeError
 from dualop.language.stages import STAGES
 
 BACKENDS = ("cuda", "triton")
@@ -65,25 +66,34 @@ def test_the_rules_can_be_broken() -> None:
 def test_only_what_is_used_is_there_and_always_the_same(backend: str) -> None:
     text = emit(backend=backend)
     assert text == emit(dualop.chain("add | silu | tanh | gelu | hardtanh"), "linear:8192x8192", backend, batch=1024)
-    assert len(text.splitlines()) < (1600 if backend == "cuda" else 1150)
+    assert len(text.splitlines()) < (750 if backend == "cuda" else 600)
     code = re.sub(r"(//|#) .*", "", text)
     for other in ("softplus", "mish", "leaky_relu", "log1p", "expm1", "hardshrink", "maximum"):
         assert not re.search(rf"(?<!tl\.)\b(stage_)?{other}\b", code), other
     assert "stage_silu" in code or "struct silu" in code
+    for other in (
+        r"torch\.float(16|64)",
+        r"(?<!b)float16",
+        r"\bfrom_f16",
+        r"(BITS|bits) == 53",
+        r"_second\b|\bsecond\(",
+    ):
+        assert not re.search(other, code), other
     assert f"Written by dualop {dualop.__version__}:" in text
     assert "batch_size = 1024\nin_features = 8192\nout_features = 8192\nadd_value_shape = (out_features,)\n" in text
 
 
 def test_the_command_in_the_file_writes_the_file() -> None:
     text = emit('add(a) | gelu(approximate="tanh") | mul(b)', "linear:8x8", "triton", batch=3, bias=False, linear="fc",
-                shapes={"b": (), "a": (1, 8)})  # fmt: skip
+                shapes={"b": (), "a": (1, 8)}, dtypes=("float16",))  # fmt: skip
     words = shlex.split(text.splitlines()[3])
     assert words[:2] == ["dualop", "emit"]
     options = {words[i]: words[i + 1] for i in (2, 4, 6, 8)}
-    assert words[10:] == ["--no-bias", "--linear", "fc", "--operand", "b=scalar", "--operand", "a=1x8"]
+    assert words[10:] == ["--no-bias", "--linear", "fc", "--operand", "b=scalar", "--operand", "a=1x8",
+                          "--dtype", "float16"]  # fmt: skip
     shapes = parse_operands(["b=scalar", "a=1x8"])
     again = emit(options["--chain"], options["--model"], options["--backend"], batch=int(options["--batch"]),
-                 bias=False, linear="fc", shapes=shapes)  # fmt: skip
+                 bias=False, linear="fc", shapes=shapes, dtypes=dtypes("float16"))  # fmt: skip
     assert again == text
 
 
@@ -204,6 +214,8 @@ def test_triton_compiles_what_it_launches(tmp_path: Path) -> None:
         (ShapeError, "write linear:INxOUT", dict(model="linear:8")),
         (ShapeError, "write linear:INxOUT", dict(model="linear:8x0")),
         (ShapeError, "batch 0", dict(batch=0)),
+        (DtypeError, "unknown dtype 'float8'; there are float32", dict(dtypes=("float8",))),
+        (DtypeError, "unknown dtype ''", dict(dtypes=())),
         (OperandError, "has no operand bias; it takes add", dict(shapes={"bias": (8192,)})),
         (OperandError, r"has the shape \(8192, 1\)", dict(shapes={"add": (8192, 1)})),
         (OperandError, r"has the shape \(1, 1, 8192\)", dict(shapes={"add": (1, 1, 8192)})),

@@ -3,7 +3,7 @@
     text = emit("add | swish | tanh | gelu | hardtanh(-1, 1)", "linear:8192x8192", "cuda")
 
 The file needs torch alone (and nvcc or triton, depending on the backend). It has `ModelNew`, `get_inputs` and
-`get_init_inputs`, the kernels of the library trimmed to what the chain uses, and a small autograd.Function around them.
+`get_init_inputs`, kernels for this layout alone, and a small autograd.Function around them.
 Its form follows KernelBench's rules: it handles no exceptions, draws weights in the order of the written-out model, and
 shows its kernels. It can be executed as a string (CUDA) or imported as a module (either backend).
 """
@@ -24,7 +24,7 @@ from dualop.emit import cuda as emit_cuda
 from dualop.emit import plan as plans
 from dualop.emit import triton as emit_triton
 from dualop.emit.template import Value, filled
-from dualop.errors import BackendUnavailable, OperandError, ShapeError
+from dualop.errors import BackendUnavailable, DtypeError, OperandError, ShapeError
 from dualop.language.stages import argument_text
 from dualop.nn import parameter_name, starts_with_add, with_bias
 from dualop.numerics.cases import DEFAULT_CHAIN, DTYPES
@@ -32,7 +32,6 @@ from dualop.op.callable import Chain
 from dualop.op.callable import chain as make_chain
 
 DEFAULT_MODEL, DEFAULT_BATCH = "linear:8192x8192", 1024  # with the default chain: KernelBench level 2, problem 95
-
 DEFAULT_DTYPES = ("float32", "bfloat16")
 
 Shape = tuple[int, ...]
@@ -70,12 +69,16 @@ def emit(
     input:AxBx..., for the chain alone on inputs of this shape. An operand is a parameter, drawn by torch.randn, with
     the shape that `shapes` has for it, or (OUT,): any that broadcasts with (batch, OUT) or AxBx... and varies along
     neighbouring dimensions, such as a channel (C, 1, 1), a row (B, 1) or a number (). Its name is that of dualop.nn.
-    The file takes any batch, unless an operand has the size of one, and for the rest these sizes only. Raises
-    ChainError, ShapeError, OperandError, BackendUnavailable.
+    The launch is decided here, for `batch` and an H100 or H200. The file takes any batch, unless an operand has the
+    size of one, and for the rest these sizes and `dtypes` only. Raises ChainError, ShapeError, DtypeError,
+    OperandError, BackendUnavailable.
     """
     op, given = make_chain(chain), dict(shapes or {})
     if backend not in LANGUAGES:
         raise BackendUnavailable(f"no file can be emitted for backend {backend!r}; there are {', '.join(LANGUAGES)}")
+    for dtype in dtypes or [""]:
+        if dtype not in DTYPES:
+            raise DtypeError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     spec = _model(model, linear, bias, batch)
     if unknown := given.keys() - set(op.operands):
         raise OperandError(f"`{op}` has no operand {', '.join(sorted(unknown))}; it takes {', '.join(op.operands)}")
@@ -96,7 +99,7 @@ def emit(
     elif folded is not None:
         tail, values, tensors = folded, [f"self.{linear}.bias", *values], [(spec.columns,), *every]
     names = [parameter_name(name) for name in tail.operands]
-    plan = plans.plan(shape, dict(zip(tail.operands, tensors, strict=True)), [DTYPES[name] for name in dtypes])
+    plan = plans.plan(shape, dict(zip(tail.operands, tensors, strict=True)), [DTYPES[d] for d in dtypes])
 
     command = ["dualop", "emit", "--chain", str(op), "--model", model, "--backend", backend]
     command += ["--batch", str(batch)] if spec.linear else []
