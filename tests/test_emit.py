@@ -316,7 +316,7 @@ def of_file(backend: str, module: Any, inputs: list[Tensor], gy: Tensor) -> list
             each, x, y, resident, _, steps = cut
             tile, threads = (each * y, x * module.TYPES[dtype][3]), x * y
         else:
-            tile, threads, steps = (cut["BLOCK_ROWS"], cut["BLOCK_COLS"]), 32 * cut["num_warps"], cut.get("STEPS", 1)
+            tile, threads, steps = (cut["BLOCK_ROWS"], cut["BLOCK_COLS"]), 32 * cut["num_warps"], cut.get("steps", 1)
             resident = 65536 // 256 // cut["maxnreg"] if "maxnreg" in cut else 1
         programs = tuple(module.blocks(cut, rows))
         found.append(dict(tile=tile, programs=programs, steps=steps, threads=threads, resident=resident,

@@ -52,8 +52,8 @@ def emitted(chain: Chain, plan: Plan) -> str:
         STAGES=triton.STAGES,
         WHOLE=1 + sum(v.kind & FULL == FULL for v in plan.views),
         LIMIT="z.numel()" if plan.folded else "rows",
-        STEPS="" if plan.across else ' * cut.get("STEPS", 1)',
-        STEPS_ACROSS=' * cut.get("STEPS", 1)' if plan.across else "",
+        STEPS="" if plan.across else ' * cut.get("steps", 1)',
+        STEPS_ACROSS=' * cut.get("steps", 1)' if plan.across else "",
         COLS=plan.cols,
     )
 
@@ -67,7 +67,7 @@ def _cut(cut: Cut, plan: Plan, dtype: torch.dtype, bits: int, backward: bool) ->
     rows = cut.rows * cut.threads * wide // columns
     sms = plans.MULTIPROCESSORS
     grid = backward_grid(view, rows, columns, sms, cut) if backward else forward_grid(view, rows, columns)
-    steps = f", STEPS={grid.steps}" if backward else ""
+    steps = f", steps={grid.steps}" if backward else ""
     limit = f", maxnreg={65536 // (256 * cut.resident)}" if cut.resident > 1 else ""
     return (
         f"BLOCK_ROWS={rows}, BLOCK_COLS={columns}, ACROSS={grid.col_programs}{steps}, BITS={bits}, "
