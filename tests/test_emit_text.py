@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import os
 import re
 import shlex
@@ -54,12 +56,25 @@ def broken_rules(text: str, backend: str) -> list[str]:
 def test_static_rules(stage: str, backend: str) -> None:
     text = emit(f"add | {STAGES[stage].example}", "linear:16x24", backend)
     assert not broken_rules(text, backend)
-    compile(text, "<string>", "exec")
+    assert not undefined(ast.parse(text))
+
+
+def undefined(tree: ast.Module) -> set[str]:
+    """Names that are read somewhere and defined nowhere."""
+    nodes = [*ast.walk(tree)]
+    known = {n.arg for n in nodes if isinstance(n, ast.arg)} | {*dir(builtins)}
+    known |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    known |= {a.asname or a.name.split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))
+              for a in n.names}  # fmt: skip
+    names = [n for n in nodes if isinstance(n, ast.Name)]
+    known |= {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    return {n.id for n in names} - known
 
 
 def test_the_rules_can_be_broken() -> None:
     assert broken_rules(emit() + "# no pass", "cuda") == [r"\bpass\b: pass"]
     assert "no __global__" in broken_rules("import torch", "cuda")
+    assert undefined(ast.parse("def f(a):\n    return a + b")) == {"b"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,16 +115,35 @@ def test_the_command_in_the_file_writes_the_file() -> None:
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
+TYPES = {
+    "float32": ("float", "float", 24, 4),
+    "bfloat16": ("bfloat16", "float", 8, 8),
+    "float16": ("float16", "float", 11, 8),
+    "float64": ("double", "double", 53, 2),
+}
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float16",), ("float64", "float16")], ids="-".join)
 @pytest.mark.parametrize("first", range(0, len(STAGES), 8))
-def test_trimmed_kernels_compile(first: int, tmp_path: Path) -> None:
+def test_trimmed_kernels_compile(first: int, dtypes: tuple[str, ...], tmp_path: Path) -> None:
     """Some stages at a time, so that each is there without most others."""
     chain = " | ".join(stage.example for stage in list(STAGES.values())[first : first + 8])
-    text = emit(chain, "linear:8x8", "cuda", dtypes=("float16", "float64"))
+    compile_on_host(emit(chain, "linear:8x8", "cuda", dtypes=dtypes), dtypes[0], tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["relu6", "selu", "gelu", "celu", "clamp", "hardsigmoid"])
+def test_a_stage_alone_compiles(stage: str, tmp_path: Path) -> None:
+    """Of stages that take another one, a constant or a function of their own dtype."""
+    compile_on_host(emit(f"add | {STAGES[stage].example}", "linear:8x8", "cuda"), "bfloat16", tmp_path)
+
+
+def compile_on_host(text: str, dtype: str, tmp_path: Path) -> None:
     source = tmp_path / "source.cpp"
     start = text.index('r"""') + 4
-    types = "#define DTYPE float16\n#define ARITHMETIC float\n#define BITS_ 11\n#define VEC 8\n#define SUM_Y 4\n"
-    cuts = "#define FORWARD_CUT Cut<2, 32, 8, 6, 1, 1>\n#define BACKWARD_CUT Cut<2, 32, 8, 4, 1, 2>\n"
-    source.write_text(types + cuts + on_host(text[start : text.index('"""', start)]))
+    names = ("DTYPE", "ARITHMETIC", "BITS_", "VEC", "SUM_Y", "FORWARD_CUT", "BACKWARD_CUT")
+    values = (*TYPES[dtype], 4, "Cut<2, 32, 8, 6, 1, 1>", "Cut<2, 32, 8, 4, 1, 2>")
+    defined = "".join(f"#define {name} {value}\n" for name, value in zip(names, values, strict=True))
+    source.write_text(defined + on_host(text[start : text.index('"""', start)]))
     command = [str(build.find_cxx()), "-std=c++17", "-fsyntax-only", "-Wall", "-Wno-unknown-pragmas", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr

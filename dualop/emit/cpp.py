@@ -6,7 +6,6 @@ comment, and its other lines are indented or close a brace. A stage is a struct 
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,8 +26,6 @@ _SHORT = re.compile(r"^(.*)\{\n +(return .*;)\n *\}$", re.MULTILINE)  # a functi
 _BASE = re.compile(r"struct \w+ : (\w+)")
 _USED_MEMBER = re.compile(r"(\w+)(?:<[^>]*>)?::(forward|inner|backward)\b")
 _USED = re.compile(r"(?<![\w.])(?:(\w*)::)?([A-Za-z_]\w*)(?=([(<])?)")
-_BITS = re.compile(r"bits (==|!=|<=|>) (\d+)")
-_COMPARE = {"==": operator.eq, "!=": operator.ne, "<=": operator.le, ">": operator.gt}
 
 Key = tuple[str, ...]  # a namespace, a name and, for a stage, its member
 
@@ -91,8 +88,11 @@ class Headers:
 
     def _use_member(self, stage: str, member: str, bits: int) -> None:
         for one in self.found.get(("stage", stage), []):
-            if base := _BASE.search(one.text):
-                for inherited in self.found["stage", base[1]]:
+            base = _BASE.search(one.text)
+            if "" not in one.used:
+                one.used[""] = set()
+                self.use(_MEMBER.sub("", one.text), bits)  # its base's parameters
+                for inherited in self.found["stage", base[1]] if base else ():
                     inherited.used.setdefault("", set())
             if member not in one.members:
                 assert base, f"{stage} has no {member}"
@@ -100,7 +100,6 @@ class Headers:
             elif bits not in one.used.setdefault(member, set()):
                 one.used[member].add(bits)
                 self.use(one.members[member], bits, "stage")
-            one.used.setdefault("", set())
 
     def has_member(self, stage: str, member: str) -> bool:
         """Return True if the stage or its base has such a member."""
@@ -150,9 +149,7 @@ def resolved(text: str, bits: set[int], branch: bool = False) -> str:
 
 def _holds(condition: str, bits: int) -> bool:
     """Return whether a branch may be taken: what follows && is not known here, and neither is what has no bits."""
-    match = _BITS.match(condition)
-    assert match is not None, condition
-    return bool(_COMPARE[match[1]](bits, int(match[2])))
+    return bool(eval(condition.partition(" && ")[0], {"bits": bits}))
 
 
 def _lean(match: re.Match[str]) -> str:
