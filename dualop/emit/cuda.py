@@ -24,11 +24,11 @@ def emitted(chain: Chain, plan: Plan) -> str:
     types, forward, backward = [], [], []
     outputs = max((size for size, v in zip(plan.sizes, plan.views[1:], strict=True) if v.reduced), default=1)
     sum_x = min(32, power_of_two(outputs))
-    for dtype, view in plan.layouts.items():
+    for dtype, layout in plan.layouts.items():
         cuts = cuda._untuned(chain, dtype, len(plan.views))
-        tall = cuda.TALL[dtype].fitted(cuts[1], view, plans.MULTIPROCESSORS)
+        tall = cuda.TALL[dtype].fitted(cuts[1], layout, plans.MULTIPROCESSORS)
         numbers, grid = _cut(tall, plan, dtype, backward=True)
-        terms = max((outer * inner for outer, _, inner, _ in plan.sum_sizes(view, grid)), default=1)
+        terms = max((outer * inner for outer, _, inner, _ in plan.sum_sizes(layout, grid)), default=1)
         sum_y = min(power_of_two(-(-terms // TERMS)), SUM_THREADS // sum_x)
         real = "double" if dtype == torch.float64 else "float"
         types.append(f'{dtype}: ("{cuda.C_TYPES[dtype]}", "{real}", {BITS[dtype]}, {plan.vector(dtype)}, {sum_y}),')
@@ -47,11 +47,11 @@ def emitted(chain: Chain, plan: Plan) -> str:
 
 def _cut(cut: Cut, plan: Plan, dtype: torch.dtype, backward: bool) -> tuple[tuple[int, ...], Grid]:
     """Return a cut's numbers, ROWS, X, Y, RESIDENT, ACROSS and STEPS, and the grid."""
-    view, wide = plan.layouts[dtype], plan.vector(dtype)
-    x = min(cut.across if wide > 1 else max(cut.across, 32), power_of_two(-(-view.cols // wide)))
+    layout, wide = plan.layouts[dtype], plan.vector(dtype)
+    x = min(cut.across if wide > 1 else max(cut.across, 32), power_of_two(-(-layout.cols // wide)))
     y = cut.threads // x
     tile = (y * cut.rows, x * wide)
-    grid = backward_grid(view, *tile, plans.MULTIPROCESSORS, cut) if backward else forward_grid(view, *tile)
+    grid = backward_grid(layout, *tile, plans.MULTIPROCESSORS, cut) if backward else forward_grid(layout, *tile)
     return (cut.rows, x, y, cut.resident, grid.col_programs, grid.steps), grid
 
 
@@ -78,7 +78,7 @@ def _source(chain: Chain, plan: Plan, outputs: int, sum_x: int) -> str:
         SUM_BLOCKS=-(-outputs // sum_x),
         SUM_THREADS=SUM_THREADS,
         TERMS=TERMS,
-        TILE_DOWN="down" if plan.across else "(down + step * (blocks / C::ACROSS))",
+        TILE_DOWN="down" if plan.across else "down + step * static_cast<index_t>(gridDim.x / C::ACROSS)",
         TILE_ACROSS="(across + step * C::ACROSS)" if plan.across else "across",
         FIRST="true" if plan.across else "step == 0",
         **_inputs(plan, summed),

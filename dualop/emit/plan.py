@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from dualop.errors import OperandError
+from dualop.launch import layout as layouts
 from dualop.launch.grid import Grid
-from dualop.launch.layout import COLUMN, FULL, ROW, SPLIT, WRAP, Layout, View, layout
+from dualop.launch.layout import COLUMN, FULL, ROW, SPLIT, WRAP, Layout, View
 
 MULTIPROCESSORS = 132  # of an H100 and of an H200
 
@@ -54,7 +55,8 @@ class Plan:
 
     def vector(self, dtype: torch.dtype) -> int:
         """Return the elements of an access: 16 bytes where all rows start at multiples of them, else one."""
-        return _vector(self.layouts[dtype])
+        layout, wide = self.layouts[dtype], 16 // dtype.itemsize
+        return 1 if layout.cols % wide or layout.total % wide else wide
 
     def offset(self, index: int, divide: str) -> str:
         """Return the code for the place of input `index` at `row` and `column`."""
@@ -81,10 +83,10 @@ class Plan:
             return f"({outer}, {view.mod}, {view.div}, {cols})"
         return f"({outer}, {view.mod}, {f'{view.div} * ' if view.div > 1 else ''}across, 1)"
 
-    def sum_sizes(self, view: Layout, grid: Grid) -> list[tuple[int, int, int, int]]:
+    def sum_sizes(self, layout: Layout, grid: Grid) -> list[tuple[int, int, int, int]]:
         """Return (outer, kept, inner, columns) of all partial sums for the shape that the file is written for."""
-        sizes = (view.rows, view.cols, grid.row_programs, grid.col_programs)
-        return [v.sum_shape(*sizes) for v in view.views if v.reduced]
+        sizes = (layout.rows, layout.cols, grid.row_programs, grid.col_programs)
+        return [v.sum_shape(*sizes) for v in layout.views if v.reduced]
 
 
 def plan(shape: Shape, operands: Mapping[str, Shape], dtypes: Sequence[torch.dtype]) -> Plan:
@@ -97,8 +99,8 @@ def plan(shape: Shape, operands: Mapping[str, Shape], dtypes: Sequence[torch.dty
     # Along a batch of one nothing would be seen to repeat, and the file is to take any batch.
     whole = shape if of_one_batch else (max(shape[0], 2), *shape[1:])
     metas = {t: [torch.empty(s, dtype=t, device="meta") for s in (whole, *shapes)] for t in dtypes}
-    layouts = {t: layout(x, rest) for t, (x, *rest) in metas.items()}
-    found = Plan(layouts, shape[1:], tuple(operands), tuple(math.prod(s) for s in shapes))
+    of_dtypes = {t: layouts.layout(x, rest) for t, (x, *rest) in metas.items()}
+    found = Plan(of_dtypes, shape[1:], tuple(operands), tuple(math.prod(s) for s in shapes))
     for (name, given), v in zip(operands.items(), found.views[1:], strict=True):
         if v.copy is not None or v.kind & SPLIT:
             raise OperandError(
@@ -107,9 +109,4 @@ def plan(shape: Shape, operands: Mapping[str, Shape], dtypes: Sequence[torch.dty
             )
     # Where a folded layout has accesses of 16 bytes, another batch must not break the last of them.
     cut = found.folded and any(math.prod(shape[1:]) % found.vector(t) for t in dtypes)
-    return Plan(layouts, shape, found.names, found.sizes) if of_one_batch or cut else found
-
-
-def _vector(view: Layout) -> int:
-    wide = 16 // view.dtype.itemsize
-    return 1 if view.cols % wide or view.total % wide else wide
+    return Plan(of_dtypes, shape, found.names, found.sizes) if of_one_batch or cut else found

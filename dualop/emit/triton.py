@@ -21,9 +21,9 @@ REAL = "tl.float64 if BITS == 53 else tl.float32"
 def emitted(chain: Chain, plan: Plan) -> str:
     """Return the part of the file that defines `launch_forward` and `launch_backward`."""
     forward, backward = [], []
-    for dtype, view in plan.layouts.items():
+    for dtype, layout in plan.layouts.items():
         summing = (triton.BACKWARD if any(v.reduced for v in plan.views) else triton.FORWARD)[dtype]
-        tall = triton.TALL[dtype].fitted(summing, view, plans.MULTIPROCESSORS)
+        tall = triton.TALL[dtype].fitted(summing, layout, plans.MULTIPROCESSORS)
         forward.append(f"{dtype}: dict({_cut(triton.FORWARD[dtype], plan, dtype, BITS[dtype], backward=False)}),")
         backward.append(f"{dtype}: dict({_cut(tall, plan, dtype, max(BITS[dtype], 11), backward=True)}),")
     library, bits = Library(), {BITS[dtype] for dtype in plan.layouts}
@@ -62,11 +62,11 @@ SECTIONS = {"PLATFORM": ("platform",), "FUNCTIONS": ("float32", "math", "stages"
 
 
 def _cut(cut: Cut, plan: Plan, dtype: torch.dtype, bits: int, backward: bool) -> str:
-    view, wide = plan.layouts[dtype], 16 // dtype.itemsize
-    columns = min(power_of_two(view.cols), cut.across * wide)
+    layout, wide = plan.layouts[dtype], 16 // dtype.itemsize
+    columns = min(power_of_two(layout.cols), cut.across * wide)
     rows = cut.rows * cut.threads * wide // columns
     sms = plans.MULTIPROCESSORS
-    grid = backward_grid(view, rows, columns, sms, cut) if backward else forward_grid(view, rows, columns)
+    grid = backward_grid(layout, rows, columns, sms, cut) if backward else forward_grid(layout, rows, columns)
     steps = f", steps={grid.steps}" if backward else ""
     limit = f", maxnreg={65536 // (256 * cut.resident)}" if cut.resident > 1 else ""
     return (
