@@ -239,3 +239,88 @@ def gelu_slope_upper(z, BITS: tl.constexpr):
         p = -0.00947522186 + u * (0.0011175595 + u * -8.48879208e-05)
         p = -0.265960544 + u * (0.0598340444 + u * p)
         return platform.fma(z, platform.fma(u, p, number(z, 0.797884524)), number(z, 0.5))
+
+
+@triton.jit
+def shifted(high, low, shift):
+    """Return the first 64 of 128 bits behind `shift` of them."""
+    return (high << shift) | (low >> 1 >> (63 - shift))
+
+
+@triton.jit
+def far_angle(z):
+    """Return `angle` of a float32 z with |z| >= 2^17, by Payne and Hanek's reduction. It is NaN at infinity."""
+    bits = tl.abs(z).to(tl.float64).to(tl.uint64, bitcast=True)
+    at = (bits >> 52) - 1040
+    digits = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000
+    # 2 / pi behind 37 zeros: the word that the digits begin in, and the next two.
+    second = number(bits, 0x727220A94FE13ABE)
+    third = number(bits, 0x8FA9A6EE06DB14AC)
+    first = tl.where(at < 64, number(bits, 0x517CC1B), second)
+    second = tl.where(at < 64, second, third)
+    third = tl.where(at < 64, third, number(bits, 0xC9E21C820FF28B1D))
+    low = shifted(second, third, at & 63)
+    high = digits * shifted(first, second, at & 63) + tl.umulhi(digits, low)
+    quarters = (high + 0x2000000000000000) >> 62
+    left = (high - (quarters << 62)).to(tl.int64, bitcast=True).to(tl.float64)
+    exact = left * number(left, 3.4061215800865545e-19)  # pi / 2 by 2^62
+    rest = exact.to(tl.float32) + (z - z)
+    less = (rest.to(tl.float64) - exact).to(tl.float32)
+    quarters = quarters.to(tl.int32)
+    return tl.where(z < 0, -quarters, quarters), tl.where(z < 0, -rest, rest), tl.where(z < 0, -less, less)
+
+
+@triton.jit
+def angle(given):
+    """Return (quarters, rest, less) of a float32 number: quarters pi / 2 + rest - less, |rest| <= 0.79.
+
+    Cody and Waite's reduction serves those below 2^17. A tile with no larger number never computes the other one.
+    """
+    far = ~(tl.abs(given) < 131072.0)
+    z = tl.where(far, 0.0, given)
+    q = platform.fma(z, number(z, 0.6366197723675814), number(z, 12582912.0)) - 12582912.0
+    near = platform.fma(q, number(z, -1.57079625), z)
+    product = q * 7.54978942e-08
+    rest = platform.minus_rounded(near, product)
+    less = platform.fma(q, number(z, 5.39030253e-15), platform.fma(q, number(z, 7.54978942e-08), -product))
+    less -= platform.minus_rounded(near - rest, product)
+    quarters = q.to(tl.int32)
+    if tl.max(far.to(tl.int32)) > 0:
+        far_quarters, far_rest, far_less = far_angle(given)
+        quarters = tl.where(far, far_quarters, quarters)
+        rest = tl.where(far, far_rest, rest)
+        less = tl.where(far, far_less, less)
+    return quarters, rest, less
+
+
+@triton.jit
+def sine(quarters, rest, less):
+    """Return the sine of an angle, by minimax polynomials of rest^2."""
+    u = rest * rest
+    s = -0.166666672 + u * (0.00833338592 + u * (-0.000198559923 + u * 2.86567956e-06))
+    c = 0.0416666567 + u * (-0.00138877297 + u * 2.44677067e-05)
+    half = 0.5 * u
+    most = 1.0 - half
+    odd = most + ((1.0 - most) - half + platform.fma(u * u, c, rest * less))
+    # -0 stays -0. Triton 3.6 makes +0 of a +0 with a minus in front, so that a number has the minus here.
+    even = rest + platform.fma(platform.fma(rest, u, number(u, 0.0)), s, less * -most)
+    y = tl.where((quarters & 1) == 0, even, odd)
+    return tl.where((quarters & 2) == 0, y, -y)
+
+
+@triton.jit
+def sin(z, BITS: tl.constexpr):
+    if BITS == 53:
+        return platform.sin(z)
+    else:
+        quarters, rest, less = angle(z)
+        return sine(quarters, rest, less)
+
+
+@triton.jit
+def cos(z, BITS: tl.constexpr):
+    if BITS == 53:
+        return platform.cos(z)
+    else:
+        quarters, rest, less = angle(z)
+        return sine(quarters + 1, rest, less)

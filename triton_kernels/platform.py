@@ -31,6 +31,8 @@ if INTERPRETED:
     expm1 = _on_values(np.expm1)
     log1p = _on_values(np.log1p)
     tanh = _on_values(np.tanh)
+    sin = _on_values(np.sin)
+    cos = _on_values(np.cos)
     erfc = _on_values(np.vectorize(math.erfc, otypes=[np.float64]))
     ex2_approx = _on_values(lambda v: _flush(np.exp2(_flush(v))))
     rcp_approx = _on_values(lambda v: _flush(1 / _flush(v)))
@@ -75,6 +77,8 @@ else:
     expm1 = libdevice.expm1
     log1p = libdevice.log1p
     tanh = libdevice.tanh
+    sin = libdevice.sin
+    cos = libdevice.cos
     erfc = libdevice.erfc
     copysign = libdevice.copysign
 
