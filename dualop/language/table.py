@@ -1,4 +1,4 @@
-"""The one table of stages: every fact about a stage but its kernels; `entry.py` says what an entry may hold.
+"""List the stages: every fact about a stage but its kernels; `entry.py` describes an entry.
 
 The kernels implement the same names in the same order in `cuda/stages/` and `triton_kernels/stages/`.
 """
