@@ -21,7 +21,7 @@ _EXACT = tl.constexpr(INTERPRETED)  # the interpreter's product of two bfloat16 
 
 @triton.jit
 def corner(tile, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Return the first row and column of a tile. GROUP tiles of rows go along the columns together, and share the weight in L2."""
+    """Return a tile's first row and column. GROUP tiles of rows go along the columns and share the weight in L2."""
     down = tl.cdiv(rows, BLOCK_M)
     across = tl.cdiv(cols, BLOCK_N)
     first = tile // (GROUP * across) * GROUP
