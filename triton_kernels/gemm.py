@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from .generate import Step, _chain
+from .generate import Step, chain_forward
 from .platform import INTERPRETED, round_to
 
 _EXACT = tl.constexpr(INTERPRETED)  # the interpreter's product of two bfloat16 is not to be trusted
@@ -142,4 +142,4 @@ def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
     for mark, value in filled.items():
         kernel = kernel.replace(mark, value)
     head = _HEAD.format(title=title, package=__name__.rpartition(".")[0])
-    return f"{head}\n\n{_chain(steps, len(kinds) + 1)}\n\n\n{kernel}"
+    return f"{head}\n\n{chain_forward(steps, len(kinds) + 1)}\n\n\n{kernel}"
