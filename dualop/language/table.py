@@ -341,4 +341,5 @@ TABLE = (
         kinks=(),
         steady=True,
     ),
+    Stage("sin", torch.sin, lambda g, z: g * z.cos(), "sin", second=lambda z: -z.sin(), range=(-1.0, 1.0), kinks=()),
 )
