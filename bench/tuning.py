@@ -1,8 +1,8 @@
-"""Search for `dualop tune`: compile every launch, time it, check the results of the fastest and keep it."""
+"""Search for `dualop tune`: compile every launch, time it, check the results of the fastest, keep and show it."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,19 +10,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from rich.table import Table
+from rich.text import Text
 
 from dualop.backends import registry
 from dualop.backends.base import Backend, Planned
 from dualop.backends.registry import BACKENDS
 from dualop.bench import measure, timing
-from dualop.bench.workloads import FORWARD, Workload
-from dualop.errors import BuildError
-from dualop.language.slopes import Slope
-from dualop.language.syntax import Chain
+from dualop.bench.table import device_info, empty
+from dualop.bench.workloads import BACKWARD, FORWARD, Workload, shape_text
 from dualop.launch import tuning
 from dualop.launch.grid import Cut
-from dualop.launch.layout import Layout
 
 BUDGET_S = 0.08  # of device time for a measurement: there are many, and those that matter are repeated
 
@@ -39,7 +37,7 @@ class Task:
 
     @property
     def subject(self) -> tuning.Subject:
-        return subject_of(self, self.work.layout)
+        return tuning.subject(self.backend, self.work.chain, self.work.layout, self.direction)
 
     @property
     def heuristic(self) -> Cut:
@@ -57,11 +55,7 @@ class Task:
         return list(dict.fromkeys((*others, *([known] if known else []))))
 
     def __str__(self) -> str:
-        return f"{self.backend} {self.direction}, {self.work.dtype}, {'x'.join(map(str, self.work.shape))}"
-
-
-def subject_of(task: Task, layout: Layout) -> tuning.Subject:
-    return tuning.subject(task.backend, task.work.chain, layout, task.direction)
+        return f"{self.backend} {self.direction}, {self.work.dtype}, {shape_text(self.work.shape)}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ def timer(workload: Workload, backend: str, direction: str, seed: int) -> tuning
             if direction == FORWARD:
                 calls = [partial(runs.forward, workload.chain, s.x, s.operands, cut=cut) for s in samples]
             else:
-                needs = (True,) * (1 + len(samples[0].operands))
+                needs = (True,) * len(workload.shapes)
                 calls = [partial(runs.backward, workload.chain, s.gy, s.x, s.operands, needs, cut=cut) for s in samples]
             return timing.timed(calls, stream, BUDGET_S).median_us
 
@@ -116,8 +110,7 @@ def timer(workload: Workload, backend: str, direction: str, seed: int) -> tuning
 def prepare(tasks: Sequence[Task], progress: Progress) -> None:
     """Compile every launch, in as many processes as there are cores. What cannot be compiled fails when it is timed."""
     for name in dict.fromkeys(task.backend for task in tasks):
-        with contextlib.suppress(BuildError):
-            BACKENDS[name].prepare((call for task in tasks if task.backend == name for call in planned(task)), progress)
+        registry.prepare([name], [call for task in tasks if task.backend == name for call in planned(task)], progress)
 
 
 def planned(task: Task) -> list[Planned]:
@@ -126,30 +119,14 @@ def planned(task: Task) -> list[Planned]:
     return [replace(one, directions=(way,), cuts=((way, cut),)) for cut in task.candidates]
 
 
-class Fixed(Backend):
-    """Run a backend with kernels that are cut in a fixed way."""
-
-    def __init__(self, backend: str, cuts: Mapping[str, Cut]) -> None:
-        self._of: Any = BACKENDS[backend]
-        self._cuts, self.name, self.interpreted = cuts, f"{backend}_as_found", self._of.interpreted
-
-    def environment(self) -> list[str]:
-        return list(self._of.environment())
-
-    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
-        return list(self._of.reasons(chain, device))
-
-    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        y: Tensor = self._of.forward(chain, x, operands, cut=self._cuts.get("forward"))
-        return y
-
-    def backward(
-        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor]:
-        return list(self._of.backward(chain, gy, x, operands, needs, cut=self._cuts.get("backward")))
-
-    def source(self, chain: Chain) -> str:
-        return str(self._of.source(chain))
+def fixed(backend: str, cuts: Mapping[str, Cut]) -> Backend:
+    """Return a copy of a backend, under another name, whose kernels are cut in a fixed way."""
+    of: Any = BACKENDS[backend]
+    copied = copy.copy(of)
+    copied.name, copied.replays, copied.reasons = f"{backend}_as_found", False, of.reasons
+    copied.forward = partial(of.forward, cut=cuts.get(FORWARD))
+    copied.backward = partial(of.backward, cut=cuts.get(BACKWARD))
+    return copied
 
 
 def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progress]) -> list[Row]:
@@ -160,15 +137,12 @@ def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progr
     rows = []
     for work in dict.fromkeys(task.work for task in tasks):
         found: dict[Task, tuning.Result[Cut]] = {}
-        failed: dict[Task, str] = {}
         for task in (task for task in tasks if task.work == work):
             try:
                 found[task] = _search(task, seed, bar(str(task)))
             except Exception as error:  # the heuristic's own launch failed
-                failed[task] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                rows.append(replace(_row(task), ok=False, note=timing.said(error)))
         wrong = _wrong(work, {task: result.best for task, result in found.items()}, seed)
-        for task, note in failed.items():
-            rows.append(replace(_row(task), ok=False, note=note))
         for task, result in found.items():
             if keep and not wrong[task]:
                 tuning.keep(task.subject, work.device, result.best, result.microseconds, result.before)
@@ -185,19 +159,20 @@ def _search(task: Task, seed: int, progress: Progress) -> tuning.Result[Cut]:
 
 def _wrong(work: Workload, launches: dict[Task, Cut], seed: int) -> dict[Task, str]:
     """Return for each task what is wrong with the results of its launch, or "" if nothing is."""
-    rows = measure.rows_to_check(work)
-    checked = work if rows is None else replace(work, shape=(min(rows, work.shape[0]), *work.shape[1:]))
-    fixed = [
-        Fixed(name, {task.direction: cut for task, cut in launches.items() if task.backend == name})
-        for name in dict.fromkeys(task.backend for task in launches)
-    ]
-    with contextlib.ExitStack() as stack:
-        for backend in fixed:
-            registry.register(backend)
-            stack.callback(registry.unregister, backend.name)
-        functions: dict[str, Any] = {b.name: partial(work.chain, backend=b.name) for b in fixed}
-        verdicts = measure.verdicts(checked, functions, seed, None, lambda text: None) if fixed else {}
-    return {task: verdicts[f"{task.backend}_as_found"].wrong.get(task.direction, "") for task in launches}
+    cuts: dict[str, dict[str, Cut]] = {}
+    for task, cut in launches.items():
+        cuts.setdefault(task.backend, {})[task.direction] = cut
+    verdicts: dict[str, measure.Verdict] = {}
+    for name, own in cuts.items():
+        backend = fixed(name, own)
+        registry.register(backend)
+        try:
+            function = {backend.name: partial(work.chain, backend=backend.name)}
+            checked = work.first(measure.rows_to_check(work))
+            verdicts[name] = measure.verdicts(checked, function, seed, None, lambda text: None)[backend.name]
+        finally:
+            registry.unregister(backend.name)
+    return {task: verdicts[task.backend].wrong.get(task.direction, "") for task in launches}
 
 
 def _row(task: Task) -> Row:
@@ -230,9 +205,36 @@ def _filled(row: Row, result: tuning.Result[Cut], wrong: str, keep: bool) -> Row
     )
 
 
+TITLE = (
+    "launches: rows a thread x threads (side by side), blocks of 256 threads an SM that registers are held down for, "
+    "programs an SM where gradients are summed"
+)
+WORDS = ("backend", "direction", "chain", "x", "dtype", "heuristic", "best", "note")
+COLUMNS = (*WORDS[:6], "µs", "best", "µs", "gain", "tried", "failed", "note")
+
+
+def render(rows: Sequence[Row]) -> Table:
+    """Return the table, with a line for each search."""
+    table = empty(TITLE, COLUMNS, WORDS)
+    for row in rows:
+        what = (row.backend, row.direction, row.chain, shape_text(row.shape), row.dtype)
+        times = (_launch(row.heuristic), _number(row.heuristic_us), _launch(row.best), _number(row.best_us))
+        counts = (_number(row.gain), str(row.tried), str(len(row.failed)))
+        table.add_row(*map(Text, (*what, *times, *counts, row.note)), style="red" if not row.ok else None)
+    return table
+
+
+def _launch(cut: dict[str, int] | None) -> str:
+    if cut is None:
+        return ""
+    return "{rows}x{threads}({across}) {resident} {least}-{most}".format(**cut)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
 def as_json(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
     """Return the content of the file that `--json` writes."""
-    from dualop.bench.table import device_info
-
     file, launches = tuning.kept(device)
     return {"device": device_info(device), "file": str(file), "launches": launches, "rows": [asdict(r) for r in rows]}

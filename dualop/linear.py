@@ -34,6 +34,7 @@ from dualop.launch.layout import Layout, layout_of
 from dualop.op import eager
 
 SWITCH = "DUALOP_GEMM"
+BACKEND = TRITON.name  # the kernel is Triton's
 mode = os.environ.get(SWITCH) or "auto"
 
 

@@ -36,7 +36,7 @@ def tune(
     device = options.device()
     import dualop
     from dualop.backends import registry
-    from dualop.bench import tuning, tuning_table, workloads
+    from dualop.bench import tuning, workloads
     from dualop.errors import BackendUnavailable
     from dualop.launch import tuning as launches
 
@@ -68,7 +68,7 @@ def tune(
     with output.bars(out) as bar:
         tuning.prepare(tasks, bar("compiling"))
         rows = tuning.run(tasks, seed, not dry_run, bar)
-    out.print(tuning_table.render(rows))
+    out.print(tuning.render(rows))
     file, count = launches.kept(device)
     said = "nothing was kept" if dry_run else f"{file} holds {count} launches"
     out.print(said, markup=False, highlight=False)
