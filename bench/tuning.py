@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dualop.backends import registry
-from dualop.backends.base import Backend, Planned
+from dualop.backends.base import Planned
 from dualop.backends.registry import BACKENDS
 from dualop.bench import measure, timing
 from dualop.bench.table import device_info, empty
-from dualop.bench.workloads import BACKWARD, FORWARD, Workload, shape_text
+from dualop.bench.workloads import FORWARD, Workload, shape_text
 from dualop.launch import tuning
 from dualop.launch.grid import Cut
 
@@ -109,8 +109,11 @@ def timer(workload: Workload, backend: str, direction: str, seed: int) -> tuning
 
 def prepare(tasks: Sequence[Task], progress: Progress) -> None:
     """Compile every launch, in as many processes as there are cores. What cannot be compiled fails when it is timed."""
-    for name in dict.fromkeys(task.backend for task in tasks):
-        registry.prepare([name], [call for task in tasks if task.backend == name for call in planned(task)], progress)
+    calls: dict[str, list[Planned]] = {}
+    for task in tasks:
+        calls.setdefault(task.backend, []).extend(planned(task))
+    for name, own in calls.items():
+        registry.prepare([name], own, progress)
 
 
 def planned(task: Task) -> list[Planned]:
@@ -119,90 +122,67 @@ def planned(task: Task) -> list[Planned]:
     return [replace(one, directions=(way,), cuts=((way, cut),)) for cut in task.candidates]
 
 
-def fixed(backend: str, cuts: Mapping[str, Cut]) -> Backend:
-    """Return a copy of a backend, under another name, whose kernels are cut in a fixed way."""
-    of: Any = BACKENDS[backend]
-    copied = copy.copy(of)
-    copied.name, copied.replays, copied.reasons = f"{backend}_as_found", False, of.reasons
-    copied.forward = partial(of.forward, cut=cuts.get(FORWARD))
-    copied.backward = partial(of.backward, cut=cuts.get(BACKWARD))
-    return copied
-
-
 def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progress]) -> list[Row]:
     """Return the rows of all tasks.
 
     With `keep`, every launch whose results are right is kept on disk, also the heuristic's own choice where it won.
     """
     rows = []
-    for work in dict.fromkeys(task.work for task in tasks):
-        found: dict[Task, tuning.Result[Cut]] = {}
-        for task in (task for task in tasks if task.work == work):
-            try:
-                found[task] = _search(task, seed, bar(str(task)))
-            except Exception as error:  # the heuristic's own launch failed
-                rows.append(replace(_row(task), ok=False, note=timing.said(error)))
-        wrong = _wrong(work, {task: result.best for task, result in found.items()}, seed)
-        for task, result in found.items():
-            if keep and not wrong[task]:
-                tuning.keep(task.subject, work.device, result.best, result.microseconds, result.before)
-            rows.append(_filled(_row(task), result, wrong[task], keep))
+    for task in tasks:
+        work = task.work
+        row = Row(
+            backend=task.backend,
+            direction=task.direction,
+            chain=str(work.chain),
+            dtype=work.dtype,
+            shape=list(work.shape),
+            operands=", ".join(work.operand_forms),
+            interpreted=BACKENDS[task.backend].interpreted,
+            heuristic=asdict(task.heuristic),
+        )
+        time = timer(work, task.backend, task.direction, seed)
+        near = partial(tuning.near, work.layout, task.direction)
+        try:
+            result = tuning.search(task.heuristic, task.candidates, time, bar(str(task)), near)
+        except Exception as error:  # the heuristic's own launch failed
+            rows.append(replace(row, ok=False, note=timing.said(error)))
+            continue
+        wrong = _wrong(task, result.best, seed)
+        if keep and not wrong:
+            tuning.keep(task.subject, work.device, result.best, result.microseconds, result.before)
+        row = replace(
+            row,
+            heuristic_us=round(result.before, 3),
+            best=asdict(result.best),
+            best_us=round(result.microseconds, 3),
+            gain=round(result.gain, 4),
+            tried=result.tried,
+            times=[{**asdict(cut), "us": round(time, 3)} for cut, time in result.first.items()],
+            failed=[{**asdict(cut), "why": why} for cut, why in result.failed.items()],
+            ok=not wrong,
+            kept=keep and not wrong,
+            note=wrong,
+        )
+        rows.append(row)
     registry.forget_launches()
     return rows
 
 
-def _search(task: Task, seed: int, progress: Progress) -> tuning.Result[Cut]:
-    time = timer(task.work, task.backend, task.direction, seed)
-    near = partial(tuning.near, task.work.layout, task.direction)
-    return tuning.search(task.heuristic, task.candidates, time, progress, near)
-
-
-def _wrong(work: Workload, launches: dict[Task, Cut], seed: int) -> dict[Task, str]:
-    """Return for each task what is wrong with the results of its launch, or "" if nothing is."""
-    cuts: dict[str, dict[str, Cut]] = {}
-    for task, cut in launches.items():
-        cuts.setdefault(task.backend, {})[task.direction] = cut
-    verdicts: dict[str, measure.Verdict] = {}
-    for name, own in cuts.items():
-        backend = fixed(name, own)
-        registry.register(backend)
-        try:
-            function = {backend.name: partial(work.chain, backend=backend.name)}
-            checked = work.first(measure.rows_to_check(work))
-            verdicts[name] = measure.verdicts(checked, function, seed, None, lambda text: None)[backend.name]
-        finally:
-            registry.unregister(backend.name)
-    return {task: verdicts[task.backend].wrong.get(task.direction, "") for task in launches}
-
-
-def _row(task: Task) -> Row:
-    work = task.work
-    return Row(
-        backend=task.backend,
-        direction=task.direction,
-        chain=str(work.chain),
-        dtype=work.dtype,
-        shape=list(work.shape),
-        operands=", ".join(work.operand_forms),
-        interpreted=BACKENDS[task.backend].interpreted,
-        heuristic=asdict(task.heuristic),
-    )
-
-
-def _filled(row: Row, result: tuning.Result[Cut], wrong: str, keep: bool) -> Row:
-    return replace(
-        row,
-        heuristic_us=round(result.before, 3),
-        best=asdict(result.best),
-        best_us=round(result.microseconds, 3),
-        gain=round(result.gain, 4),
-        tried=result.tried,
-        times=[{**asdict(cut), "us": round(time, 3)} for cut, time in result.first.items()],
-        failed=[{**asdict(cut), "why": why} for cut, why in result.failed.items()],
-        ok=not wrong,
-        kept=keep and not wrong,
-        note=wrong,
-    )
+def _wrong(task: Task, cut: Cut, seed: int) -> str:
+    """Return what is wrong with the results of a launch, or "" if nothing is."""
+    of: Any = BACKENDS[task.backend]
+    name = f"{task.backend}_as_found"
+    fixed = copy.copy(of)  # the same backend under another name, with one kernel cut in a fixed way
+    fixed.name, fixed.replays, fixed.reasons = name, False, of.reasons
+    fixed.forward, fixed.backward = of.forward, of.backward
+    setattr(fixed, task.direction, partial(getattr(of, task.direction), cut=cut))
+    registry.register(fixed)
+    try:
+        work = task.work.first(measure.rows_to_check(task.work))
+        functions = {name: partial(work.chain, backend=name)}
+        return measure.verdicts(work, functions, seed, None, lambda text: None)[name].wrong.get(task.direction, "")
+    finally:
+        registry.unregister(name)
 
 
 TITLE = (
