@@ -173,7 +173,7 @@ def _compared(contest: Contest, progress: Progress) -> list[Agreement]:
             ok = rms <= RMS_FACTOR * rms_eager + half_ulp * rms_exact
             ok &= largest <= MAX_FACTOR * largest_eager + half_ulp * largest_exact
             figures = (rms, rms_eager, largest, largest_eager)
-            agreements.append(Agreement(name, dtype, quantity, *figures, ok, _interpreted(name)))
+            agreements.append(Agreement(name, dtype, quantity, *figures, ok, interpreted(name)))
     return agreements
 
 
@@ -191,7 +191,7 @@ def _timed(contest: Contest, compiled: bool, wrong: Collection[str], progress: P
                 if name == IN_PRODUCT and direction == STEP:
                     continue
                 row = Row(name, direction, f"linear | {dualop.chain(DEFAULT_CHAIN)}", dtype, list(contest.size))
-                row = replace(row, interpreted=_interpreted(name))
+                row = replace(row, interpreted=interpreted(name))
                 if name in wrong:
                     times.append(replace(row, ok=False, note="wrong, see the comparison"))
                     continue
@@ -202,10 +202,6 @@ def _timed(contest: Contest, compiled: bool, wrong: Collection[str], progress: P
                 times.append(row.timed(timing.timed([call], stream)))
             rows += with_ratios(times)
     return rows
-
-
-def _interpreted(name: str) -> bool:
-    return interpreted(name.partition(",")[0])
 
 
 def _step(model: nn.Module, x: Tensor, gy: Tensor) -> tuple[Tensor, ...]:

@@ -203,8 +203,9 @@ def _rows(
 
 
 def interpreted(name: str) -> bool:
-    """Return True if this is a backend whose kernels are interpreted; other contestants are not."""
-    return name in BACKENDS and BACKENDS[name].interpreted
+    """Return True if a contestant, which may be "BACKEND, DIFFERENCE", runs interpreted kernels."""
+    backend = BACKENDS.get(name.partition(",")[0])
+    return backend is not None and backend.interpreted
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:

@@ -66,11 +66,6 @@ def works(names: Sequence[str], dtypes: Sequence[str], device: torch.device) -> 
     ]
 
 
-def steps(count: int, backends: int) -> int:
-    """Return how often `run` calls `progress` for so many workloads."""
-    return count * measure.steps(backends, compiled=False, eager=False)
-
-
 def run(todo: Sequence[Workload], backends: Sequence[str], seed: int, progress: measure.Progress) -> list[measure.Row]:
     """Return the rows of all workloads: the copy and the backends, without eager and torch.compile."""
     rows: list[measure.Row] = []

@@ -173,13 +173,12 @@ def prepared(
         "DESCRIPTORS": descriptors, "NARROW": layout.narrow, "BITS": layout.bits,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": deep, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
-    options = {} if registry.interpreting() else {**TRITON.options(32 * tile.warps), "num_stages": tile.stages}
     return (
         _module(chain, tuple(view.kind for view in views)).gemm_kernel,
         (min(tiles, tile.programs * multiprocessors(x.device)),),
         [*matrices, *placed, rows, cols, depth, x.stride(0), weight.stride(0)],
         constants,
-        options,
+        {**TRITON.options(32 * tile.warps), "num_stages": tile.stages},
     )
 
 

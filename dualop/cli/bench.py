@@ -59,7 +59,7 @@ def bench(
         todo = suites.works(parts, dtypes, device)
         with output.bars(out) as bar:
             prepare(names, [work.planned for work in todo], bar("compiling"))
-        with output.steps(out, suites.steps(len(todo), len(names))) as progress:
+        with output.steps(out, len(todo) * measure.steps(len(names), compiled=False, eager=False)) as progress:
             rows = suites.run(todo, names, seed, progress)
         out.print(suites.render(rows))
     elif problem:
