@@ -34,15 +34,14 @@ def copy_time(count: int, sets: int, device: torch.device, stream: torch.cuda.St
 
     A process tries once which copy is the fastest, and takes its time on every call.
     """
-    key = count, sets, device
+    time = lambda way: timing.timed(copies(count, sets, device, way), stream)
     if device.type != "cuda":
-        return timing.timed(copies(count, sets, device), stream)
+        return time(0)
+    key = count, sets, device
     if key not in _fastest:
-        times = [timing.timed(copies(count, sets, device, way), stream).median_us for way in range(len(COPIES))]
-        _fastest[key] = times.index(min(times))
-    way = _fastest[key]
-    result = timing.timed(copies(count, sets, device, way), stream)
-    return replace(result, note="by a kernel, which is faster here") if COPIES[way] is KERNEL else result
+        _fastest[key] = min(range(len(COPIES)), key=lambda way: time(way).median_us)
+    result = time(_fastest[key])
+    return replace(result, note="by a kernel, which is faster here") if COPIES[_fastest[key]] is KERNEL else result
 
 
 def launch_time(device: torch.device, stream: torch.cuda.Stream | None) -> timing.Timing | None:

@@ -18,21 +18,21 @@ from torch import Tensor
 
 import dualop
 from dualop import replay
-from dualop.bench.workloads import COMPILED, EAGER, evaluate_on
-from dualop.cli.options import DEFAULT_CHAIN
+from dualop.bench.table import empty
+from dualop.bench.workloads import EAGER, FORWARD, Function, Workload, contestants, without_gradients
+from dualop.numerics.cases import DEFAULT_CHAIN
 
 SHAPE = (8, 64)
 LOOPS, LOOP_S = 7, 0.05
 NOTHING = "a Function that does nothing"
-FORWARD, TRAINING = "forward", "forward and backward"
+TRAINING = "forward and backward"
+SIGMOID = "torch.sigmoid"
+BASES = {FORWARD: SIGMOID, TRAINING: EAGER}  # what the times of each direction are compared with
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the microseconds of a call on the host, and their ratio to the reference function of its direction.
-
-    The reference is torch.sigmoid for forward, and the eager chain for forward and backward.
-    """
+    """Hold the microseconds of a call on the host, and their ratio to those of BASES[direction]."""
 
     name: str
     direction: str
@@ -43,25 +43,24 @@ class Row:
 def run(names: Sequence[str], device: torch.device, compiled: bool) -> list[Row]:
     """Return the rows of torch and of these backends, in the order in which they were timed."""
     replay.load()  # without it, the first calls of a process may run in Python
-    op = dualop.chain(DEFAULT_CHAIN)
-    x, bias = torch.randn(SHAPE, device=device), torch.randn(SHAPE[1], device=device)
-    written_out = partial(evaluate_on, op)
-    chains: dict[str, Callable[..., Tensor]] = {EAGER: written_out}
-    if compiled:
-        chains[COMPILED] = torch.compile(written_out, dynamic=False)
-    chains |= {name: partial(op, backend=name) for name in names}
-    times: dict[tuple[str, str], float] = {}
-    for name, call in {"torch.empty_like": torch.empty_like, "torch.sigmoid": torch.sigmoid}.items():
-        times[name, FORWARD] = _time(partial(_without_gradients, call, x), device)
-    for name, chain in chains.items():
-        times[name, FORWARD] = _time(partial(_without_gradients, chain, x, bias), device)
-    leaves = [t.clone().requires_grad_() for t in (x, bias)]
-    gy = torch.randn(SHAPE, device=device)
-    chains[NOTHING] = _Nothing.apply
-    for name, chain in chains.items():
-        times[name, TRAINING] = _time(partial(_step, chain, leaves, gy), device)
-    base = {FORWARD: times["torch.sigmoid", FORWARD], TRAINING: times[EAGER, TRAINING]}
-    return [Row(name, way, round(us, 2), round(us / base[way], 3)) for (name, way), us in times.items()]
+    work = Workload(dualop.chain(DEFAULT_CHAIN), SHAPE, "float32", device)
+    sample, chains = work.sample(0), contestants(work, names, compiled)
+    stepped = {**chains, NOTHING: _Nothing.apply}
+    tensors = (sample.x, *sample.operands)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    calls: dict[str, dict[str, Callable[[], object]]] = {
+        FORWARD: {
+            "torch.empty_like": partial(without_gradients, torch.empty_like, sample.x),
+            SIGMOID: partial(without_gradients, torch.sigmoid, sample.x),
+            **{name: partial(without_gradients, chain, *tensors) for name, chain in chains.items()},
+        },
+        TRAINING: {name: partial(_step, chain, leaves, sample.gy) for name, chain in stepped.items()},
+    }
+    rows: list[Row] = []
+    for direction, base in BASES.items():
+        times = {name: _time(call, device) for name, call in calls[direction].items()}
+        rows += [Row(name, direction, round(us, 2), round(us / times[base], 3)) for name, us in times.items()]
+    return rows
 
 
 class _Nothing(torch.autograd.Function):
@@ -77,19 +76,13 @@ class _Nothing(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors))
 
 
-def _without_gradients(call: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    with torch.no_grad():
-        return call(*tensors)
-
-
-def _step(chain: Callable[..., Tensor], leaves: Sequence[Tensor], gy: Tensor) -> Sequence[Tensor]:
+def _step(chain: Function, leaves: Sequence[Tensor], gy: Tensor) -> Sequence[Tensor]:
     return torch.autograd.grad(chain(*leaves), leaves, gy)
 
 
 def _time(call: Callable[[], object], device: torch.device) -> float:
     """Return the microseconds until a call returns, which on a GPU is before its kernels have ended."""
-    for _ in range(10):
-        call()
+    _loop(call, 10, device)
     once = min(_loop(call, 10, device) for _ in range(3))
     count = max(1, int(LOOP_S * 1e6 / once))
     return min(_loop(call, count, device) for _ in range(LOOPS))
@@ -106,10 +99,8 @@ def _loop(call: Callable[[], object], count: int, device: torch.device) -> float
 
 def render(rows: Sequence[Row]) -> Iterator[Table]:
     """Return one table for each direction."""
-    for direction, base in ((FORWARD, "torch.sigmoid"), (TRAINING, EAGER)):
-        table = Table(title=f"host, {direction}, {SHAPE[0]} x {SHAPE[1]}", title_justify="left")
-        for column in ("", "us", f"of {base}"):
-            table.add_column(column, justify="left" if not column else "right")
+    for direction, base in BASES.items():
+        table = empty(f"host, {direction}, {SHAPE[0]} x {SHAPE[1]}", ("", "us", f"of {base}"), {""})
         for row in rows:
             if row.direction == direction:
                 table.add_row(row.name, f"{row.time_us:.2f}", f"{row.ratio:.2f}")

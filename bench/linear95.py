@@ -10,7 +10,7 @@ as long as the product.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,20 +22,20 @@ from torch import Tensor, nn
 
 import dualop
 from dualop import linear as gemm
-from dualop.backends.registry import BACKENDS
 from dualop.bench import timing
-from dualop.bench.measure import Progress, Row, with_ratios, with_time
-from dualop.bench.workloads import COMPILED, EAGER, FORWARD
+from dualop.bench.measure import Progress, Row, interpreted, with_ratios
+from dualop.bench.table import empty
+from dualop.bench.workloads import COMPILED, EAGER, FORWARD, without_gradients
 from dualop.build.generated import imported
-from dualop.emit.file import emit
+from dualop.emit.file import LANGUAGES, emit
 from dualop.nn import LinearChain
 from dualop.numerics.cases import DEFAULT_CHAIN, DTYPES
 
 STEP = "training step"
 LINEAR = "linear alone"
 # Contestants besides the backends: a backend's name, a comma, and the difference.
-IN_PRODUCT = "triton, in the product"
-EMITTED = {"cuda, emitted": "cuda", "triton, emitted": "triton"}
+IN_PRODUCT = f"{gemm.BACKEND}, in the product"
+EMITTED = {f"{backend}, emitted": backend for backend in LANGUAGES}
 
 Size = tuple[int, int, int]  # batch, in_features, out_features
 SIZES: tuple[Size, ...] = ((1024, 8192, 8192), (16384, 1024, 8192))
@@ -65,8 +65,7 @@ class Fused(LinearChain):
 
     def __init__(self, in_features: int, out_features: int, backend: str, **where: Any) -> None:
         self.switch = "on" if backend == IN_PRODUCT else "off"
-        name = "triton" if backend == IN_PRODUCT else backend
-        super().__init__(in_features, out_features, DEFAULT_CHAIN, backend=name, **where)
+        super().__init__(in_features, out_features, DEFAULT_CHAIN, backend=backend.partition(",")[0], **where)
 
     def forward(self, x: Tensor) -> Tensor:
         with gemm.switched(self.switch):
@@ -93,12 +92,23 @@ class Agreement:
     interpreted: bool
 
 
+@dataclass(frozen=True)
+class Contest:
+    """Hold models with the same weights by contestant, eager first, their input and the gradient of their output."""
+
+    dtype: str
+    size: Size
+    models: dict[str, nn.Module]
+    x: Tensor
+    gy: Tensor
+
+
 def sizes(device: torch.device) -> tuple[Size, ...]:
     return SMALL_SIZES if device.type == "cpu" else SIZES
 
 
 def steps(backends: int, compiled: bool, sizes: int = 1) -> int:
-    """Return how often `run` calls `progress` for each dtype."""
+    """Return how often `run` calls `progress` for each dtype: the contestants besides the backends do not count."""
     return backends + sizes * 2 * (backends + 2 + compiled)
 
 
@@ -110,161 +120,115 @@ def run(
     rows: list[Row] = []
     for dtype in dtypes:
         wrong: set[str] = set()
-        for i, size in enumerate(sizes(device)):
+        for size in sizes(device):
             torch.manual_seed(seed)
-            models, x, gy = _models(backends, dtype, size, device)
-            if i == 0:
-                found = _compared(models, dtype, size, x, gy, progress)
-                agreements += found
-                wrong = {a.backend for a in found if not a.ok}
-            rows += _timed(models, dtype, size, x, gy, compiled, wrong, progress)
-            del models, x, gy
+            contest = _contest(backends, dtype, size, device)
+            if size == sizes(device)[0]:
+                agreements += _compared(contest, progress)
+                wrong = {a.backend for a in agreements if a.dtype == dtype and not a.ok}
+            rows += _timed(contest, compiled, wrong, progress)
+            del contest
             gc.collect()
     return agreements, rows
 
 
-def _models(
-    backends: Sequence[str], dtype: str, size: Size, device: torch.device
-) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
-    """Return the written-out model and ours with the same weights, x and gy."""
+def _contest(backends: Sequence[str], dtype: str, size: Size, device: torch.device) -> Contest:
     batch, ins, outs = size
     where: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype]}
-    models: dict[str, nn.Module] = {EAGER: Model(ins, outs, **where)}
+    eager = Model(ins, outs, **where)
+    models: dict[str, nn.Module] = {EAGER: eager}
     x, gy = torch.randn(batch, ins, **where), torch.randn(batch, outs, **where)
-    for name in (*backends, *([IN_PRODUCT] if "triton" in backends else [])):
+    for name in (*backends, *([IN_PRODUCT] if gemm.BACKEND in backends else [])):
         ours = Fused(ins, outs, name, **where)
-        ours.load_state_dict(models[EAGER].state_dict())
+        ours.load_state_dict(eager.state_dict())
         if name != IN_PRODUCT or ours.one_kernel(x):
             models[name] = ours
     if device.type == "cuda":  # an emitted file has no interpreted kernels
+        weights = {name.replace("linear.", "matmul."): value for name, value in eager.state_dict().items()}
         for name, backend in EMITTED.items():
             if backend in backends:
-                model = imported(emit(model=f"linear:{ins}x{outs}", backend=backend, batch=batch, dtypes=(dtype,)))
-                models[name] = model.ModelNew(ins, outs, (outs,)).to(**where)
-                weights = models[EAGER].state_dict()
-                models[name].load_state_dict({k.replace("linear.", "matmul."): w for k, w in weights.items()})
-    return models, x, gy
+                module = imported(emit(model=f"linear:{ins}x{outs}", backend=backend, batch=batch, dtypes=(dtype,)))
+                models[name] = module.ModelNew(ins, outs, (outs,)).to(**where)
+                models[name].load_state_dict(weights)
+    return Contest(dtype, size, models, x, gy)
 
 
-def _beside(name: str) -> bool:
-    """Return True if this is neither a backend by itself nor torch, so that `steps` does not count it."""
-    return "," in name
-
-
-def _compared(
-    models: dict[str, nn.Module], dtype: str, size: Size, x: Tensor, gy: Tensor, progress: Progress
-) -> list[Agreement]:
-    truth = Model(*size[1:], device=x.device, dtype=torch.float64)
+def _compared(contest: Contest, progress: Progress) -> list[Agreement]:
+    dtype, models, x, gy = contest.dtype, contest.models, contest.x, contest.gy
+    truth = Model(*contest.size[1:], device=x.device, dtype=torch.float64)
     truth.load_state_dict(models[EAGER].state_dict())  # the rounded weights, upcast exactly
     exact = _results(truth, x.double(), gy.double())
-    eager = _errors(_results(models[EAGER], x, gy), exact)
+    errors = lambda found: {name: _norms(value.double() - exact[name]) for name, value in found.items()}
+    eager, half_ulp = errors(_results(models[EAGER], x, gy)), torch.finfo(DTYPES[dtype]).eps / 2
     agreements: list[Agreement] = []
     for name, model in models.items():
-        if name != EAGER:
-            if not _beside(name):
-                progress(f"{dtype}: comparing {name}")
-            # One kernel is for inference, so it has no gradients to compare.
-            found = {"y": _forward(model, x)} if name == IN_PRODUCT else _results(model, x, gy)
-            agreements += _agreements(name, dtype, _errors(found, exact), eager, exact)
+        if name == EAGER:
+            continue
+        if "," not in name:
+            progress(f"{dtype}: comparing {name}")
+        # One kernel is for inference, so it has no gradients to compare.
+        found = {"y": without_gradients(model, x)} if name == IN_PRODUCT else _results(model, x, gy)
+        for quantity, (rms, largest) in errors(found).items():
+            (rms_eager, largest_eager), (rms_exact, largest_exact) = eager[quantity], _norms(exact[quantity])
+            ok = rms <= RMS_FACTOR * rms_eager + half_ulp * rms_exact
+            ok &= largest <= MAX_FACTOR * largest_eager + half_ulp * largest_exact
+            figures = (rms, rms_eager, largest, largest_eager)
+            agreements.append(Agreement(name, dtype, quantity, *figures, ok, interpreted(name)))
     return agreements
 
 
-def _timed(
-    models: dict[str, nn.Module],
-    dtype: str,
-    size: Size,
-    x: Tensor,
-    gy: Tensor,
-    compiled: bool,
-    wrong: set[str],
-    progress: Progress,
-) -> list[Row]:
-    others: dict[str, nn.Module] = {}
+def _timed(contest: Contest, compiled: bool, wrong: Collection[str], progress: Progress) -> list[Row]:
+    dtype, models, x = contest.dtype, dict(contest.models), contest.x
     if compiled:
         torch.compiler.reset()
-        others[COMPILED] = torch.compile(models[EAGER], dynamic=False)
-    others[LINEAR] = models[EAGER].linear
-    common = Row("", FORWARD, f"linear | {dualop.chain(DEFAULT_CHAIN)}", dtype, list(size))
+        models[COMPILED] = torch.compile(models[EAGER], dynamic=False)
+    models[LINEAR] = contest.models[EAGER].linear
     rows: list[Row] = []
     with timing.on_stream(x.device) as stream:
         for direction in (FORWARD, STEP):
             times: list[Row] = []
-            for name, model in {**models, **others}.items():
+            for name, model in models.items():
                 if name == IN_PRODUCT and direction == STEP:
                     continue
-                row = replace(common, backend=name, direction=direction, interpreted=_interpreted(name))
+                row = Row(name, direction, f"linear | {dualop.chain(DEFAULT_CHAIN)}", dtype, list(contest.size))
+                row = replace(row, interpreted=interpreted(name))
                 if name in wrong:
                     times.append(replace(row, ok=False, note="wrong, see the comparison"))
                     continue
-                if not _beside(name):
+                if "," not in name:
                     progress(f"{dtype} {direction}: {name}")
-                call = partial(_forward, model, x) if direction == FORWARD else partial(_step, model, x, gy)
-                times.append(with_time(row, timing.timed([call], stream)))
+                step = partial(_step, model, x, contest.gy)
+                call = partial(without_gradients, model, x) if direction == FORWARD else step
+                times.append(row.timed(timing.timed([call], stream)))
             rows += with_ratios(times)
     return rows
 
 
-def _interpreted(name: str) -> bool:
-    name = name.partition(",")[0]
-    return name in BACKENDS and BACKENDS[name].interpreted
-
-
-@torch.no_grad()
-def _forward(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x)
-
-
 def _step(model: nn.Module, x: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
-    """Run forward, and compute the gradients of the input and of all parameters."""
+    """Return the output, and the gradients of the input and of all parameters."""
     leaf = x.detach().requires_grad_()
-    return torch.autograd.grad(model(leaf), [leaf, *model.parameters()], gy)
+    y = model(leaf)
+    return y, *torch.autograd.grad(y, [leaf, *model.parameters()], gy)
 
 
 def _results(model: nn.Module, x: Tensor, gy: Tensor) -> dict[str, Tensor]:
-    leaf = x.detach().requires_grad_()
-    y = model(leaf)
     names = ["input", *(name.rpartition(".")[2] for name, _ in model.named_parameters())]
-    gradients = torch.autograd.grad(y, [leaf, *model.parameters()], gy)
-    return {"y": y.detach()} | {f"grad_{n}": g for n, g in zip(names, gradients, strict=True)}
+    results = zip(["y", *(f"grad_{name}" for name in names)], _step(model, x, gy), strict=True)
+    return {name: tensor.detach() for name, tensor in results}
 
 
-Errors = dict[str, tuple[float, float]]
-
-
-def _errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Errors:
-    """Return the root mean square and the largest error of each quantity; NaN counts as infinite."""
-    errors: Errors = {}
-    for name, value in found.items():
-        error = (value.double() - exact[name]).abs_().nan_to_num_(nan=torch.inf)
-        errors[name] = error.square().mean().sqrt().item(), error.max().item()
-    return errors
-
-
-def _agreements(backend: str, dtype: str, errors: Errors, eager: Errors, exact: dict[str, Tensor]) -> list[Agreement]:
-    half_ulp = torch.finfo(DTYPES[dtype]).eps / 2
-    agreements = []
-    for name, (rms, largest) in errors.items():
-        size = exact[name].abs()
-        ok = (
-            rms <= RMS_FACTOR * eager[name][0] + half_ulp * size.square().mean().sqrt().item()
-            and largest <= MAX_FACTOR * eager[name][1] + half_ulp * size.max().item()
-        )
-        agreements.append(
-            Agreement(backend, dtype, name, rms, eager[name][0], largest, eager[name][1], ok, _interpreted(backend))
-        )
-    return agreements
+def _norms(tensor: Tensor) -> tuple[float, float]:
+    """Return the root mean square and the largest magnitude, both NaN if a number is."""
+    return tensor.square().mean().sqrt().item(), tensor.abs().max().item()
 
 
 def render(agreements: Sequence[Agreement]) -> Table:
     """Return the table of our error beside eager's, both against float64."""
-    table = Table(title="linear95: error against float64, ours / eager's", title_justify="left")
-    for column in ("dtype", "backend", "quantity"):
-        table.add_column(column, no_wrap=True)
-    for column in ("root mean square", "largest", ""):
-        table.add_column(column, justify="right", no_wrap=True)
+    words = ("dtype", "backend", "quantity")
+    title = "linear95: error against float64, ours / eager's"
+    table = empty(title, (*words, "root mean square", "largest", ""), words)
     for a in agreements:
-        table.add_row(
-            a.dtype, a.backend, a.quantity, f"{a.rms:.3g} / {a.rms_eager:.3g}",
-            f"{a.largest:.3g} / {a.largest_eager:.3g}", "ok" if a.ok else "DIFFERS", style=None if a.ok else "red",
-        )  # fmt: skip
+        rms, largest = f"{a.rms:.3g} / {a.rms_eager:.3g}", f"{a.largest:.3g} / {a.largest_eager:.3g}"
+        verdict, style = ("ok", None) if a.ok else ("DIFFERS", "red")
+        table.add_row(a.dtype, a.backend, a.quantity, rms, largest, verdict, style=style)
     return table

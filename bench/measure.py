@@ -25,7 +25,6 @@ from dualop.bench.workloads import (
     contestants,
 )
 from dualop.numerics import check, truth
-from dualop.numerics.cases import Sample
 
 Progress = Callable[[str], None]
 # Up to this size a call takes about as long as a launch, so it is also compared with an empty launch.
@@ -62,6 +61,21 @@ class Row:
     launches: float | None = None
     operands: str = ""
 
+    @property
+    def half_width_us(self) -> float | None:
+        """Return half the width from the tenth to the ninetieth percentile."""
+        return None if self.low_us is None or self.high_us is None else (self.high_us - self.low_us) / 2
+
+    @property
+    def remark(self) -> str:
+        """Return the note, after a word on interpreted kernels."""
+        return "; ".join(filter(None, ("interpreted" if self.interpreted else "", self.note)))
+
+    def timed(self, result: timing.Timing) -> Row:
+        """Return this row with the time."""
+        median, low, high = map(_rounded, (result.median_us, result.low_us, result.high_us))
+        return replace(self, time_us=median, low_us=low, high_us=high, method=result.method, note=result.note)
+
 
 def steps(backends: int, compiled: bool, eager: bool = True) -> int:
     """Return how often `measure` calls `progress` for so many backends."""
@@ -86,7 +100,7 @@ def measure(
     if compiled:
         torch.compiler.reset()  # otherwise the next shape would be compiled for all shapes
     rows: list[Row] = []
-    functions = contestants(workload, list(backends), compiled, eager)
+    functions = contestants(workload, backends, compiled, eager)
     if checked_rows is None:
         checked_rows = rows_to_check(workload)
     with torch_private.kept_buffers():  # a compiled backward may otherwise run only once
@@ -118,8 +132,7 @@ def verdicts(
             # Poisoning is a global switch, which would make torch.compile compile once more.
             found = check.results(function, workload.chain.operands, sample, poison=name in BACKENDS)
         except Exception as error:
-            note = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            judged[name] = Verdict({}, {FORWARD: note, BACKWARD: note})
+            judged[name] = Verdict({}, dict.fromkeys((FORWARD, BACKWARD), timing.said(error)))
             continue
         for quantity, value in found.items():
             direction = FORWARD if quantity == "y" else BACKWARD
@@ -158,28 +171,39 @@ def _rows(
     sets = timing.sets_beyond_cache(count, device)
     operands = ", ".join(workload.operand_forms)
     common = Row("", direction, str(workload.chain), workload.dtype, list(workload.shape), sets=sets, operands=operands)
-    samples: list[Sample] = [workload.sample(seed + i) for i in range(sets)]
+    samples = [workload.sample(seed + i) for i in range(sets)]
     rows: list[Row] = []
     with timing.on_stream(device) as stream:
         progress(f"{direction}: {COPY}")
         copy = copy_time(count, sets, device, stream)
         empty = launch_time(device, stream) if count <= TINY_BYTES else None
+
+        def timed(row: Row, result: timing.Timing) -> Row:
+            took = result.median_us
+            launches = _rounded(took / empty.median_us) if empty else None
+            row = replace(row, gbps=_rounded(count / took / 1e3), copy_share=_rounded(copy.median_us / took))
+            return replace(row.timed(result), launches=launches)
+
         if empty:
-            rows.append(with_time(replace(common, backend=LAUNCH, launches=1.0), empty))
-        rows.append(_filled(replace(common, backend=COPY), copy, count, copy, empty))
+            rows.append(replace(common, backend=LAUNCH, launches=1.0).timed(empty))
+        rows.append(timed(replace(common, backend=COPY), copy))
         for name, function in functions.items():
-            row = replace(common, backend=name, interpreted=name in BACKENDS and BACKENDS[name].interpreted)
-            verdict = verdicts[name]
+            row, verdict = replace(common, backend=name, interpreted=interpreted(name)), verdicts[name]
             if direction in verdict.wrong:
                 rows.append(replace(row, ok=name not in BACKENDS, note=verdict.wrong[direction]))
                 continue
             progress(f"{direction}: {name}")
             gc.collect()
-            result = timing.timed(calls(function, direction, samples), stream)
             worst = verdict.max_ulp[direction]
             row = replace(row, max_ulp=_rounded(worst) if worst < torch.inf else None)
-            rows.append(_filled(row, result, count, copy, empty))
+            rows.append(timed(row, timing.timed(calls(function, direction, samples), stream)))
     return with_ratios(rows)
+
+
+def interpreted(name: str) -> bool:
+    """Return True if a contestant, which may be "BACKEND, DIFFERENCE", runs interpreted kernels."""
+    backend = BACKENDS.get(name.partition(",")[0])
+    return backend is not None and backend.interpreted
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
@@ -191,23 +215,6 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
         return _rounded(base / row.time_us) if base and row.time_us and row.backend not in (COPY, LAUNCH) else None
 
     return [replace(row, vs_eager=ratio(EAGER, row), vs_compile=ratio(COMPILED, row)) for row in rows]
-
-
-def with_time(row: Row, result: timing.Timing) -> Row:
-    return replace(
-        row,
-        time_us=_rounded(result.median_us),
-        low_us=_rounded(result.low_us),
-        high_us=_rounded(result.high_us),
-        method=result.method,
-        note=result.note,
-    )
-
-
-def _filled(row: Row, result: timing.Timing, count: int, copy: timing.Timing, empty: timing.Timing | None) -> Row:
-    gbps, share = count / result.median_us / 1e3, copy.median_us / result.median_us
-    launches = _rounded(result.median_us / empty.median_us) if empty else None
-    return replace(with_time(row, result), gbps=_rounded(gbps), copy_share=_rounded(share), launches=launches)
 
 
 def _rounded(value: float) -> float:

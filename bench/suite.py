@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -17,10 +16,13 @@ from rich.text import Text
 
 import dualop
 from dualop.bench import measure
-from dualop.bench.workloads import BACKWARD, COPY, FORWARD, LAUNCH, Workload
+from dualop.bench.table import empty
+from dualop.bench.workloads import BACKWARD, COPY, FORWARD, LAUNCH, Workload, shape_text
 from dualop.language.stages import STAGES
 from dualop.numerics.cases import DEFAULT_CHAIN
 
+TITLE = "time over that of a copy of the same bytes, forward and backward"
+WAYS = (FORWARD, BACKWARD)
 GOAL = 1.1  # times the copy's time
 CHECKED = 1 << 21  # elements of x
 
@@ -56,26 +58,19 @@ SUITE: dict[str, tuple[Entry, ...]] = {
 
 def works(names: Sequence[str], dtypes: Sequence[str], device: torch.device) -> list[Workload]:
     """Return the workloads of the named parts; on the CPU, where kernels are interpreted, they have small shapes."""
-    entries = [entry for name in names for entry in SUITE[name]]
-    size = lambda shape: SMALL[shape] if device.type == "cpu" else shape
     return [
-        Workload(dualop.chain(text), size(shape), dtype, device, (form,))
-        for text, shape, form in entries
+        Workload(dualop.chain(text), SMALL[shape] if device.type == "cpu" else shape, dtype, device, (form,))
+        for name in names
+        for text, shape, form in SUITE[name]
         for dtype in dtypes
     ]
-
-
-def steps(count: int, backends: int) -> int:
-    """Return how often `run` calls `progress` for so many workloads."""
-    return count * measure.steps(backends, compiled=False, eager=False)
 
 
 def run(todo: Sequence[Workload], backends: Sequence[str], seed: int, progress: measure.Progress) -> list[measure.Row]:
     """Return the rows of all workloads: the copy and the backends, without eager and torch.compile."""
     rows: list[measure.Row] = []
     for work in todo:
-        about = f"{work.chain}, {work.dtype}"
-        say = lambda text, about=about: progress(f"{about}: {text}")
+        say = lambda text, about=f"{work.chain}, {work.dtype}": progress(f"{about}: {text}")
         checked = max(1, CHECKED * work.shape[0] // math.prod(work.shape))
         rows += measure.measure(work, backends, False, seed, say, eager=False, checked_rows=checked)
     return rows
@@ -83,22 +78,17 @@ def run(todo: Sequence[Workload], backends: Sequence[str], seed: int, progress: 
 
 def render(rows: Sequence[measure.Row]) -> Table:
     """Return the table: a line for each chain, shape and dtype, relative to the copy, or to an empty launch if tiny."""
-    groups: dict[tuple[Any, ...], dict[tuple[str, str], measure.Row]] = {}
+    groups: dict[tuple[str, str, str, str], dict[tuple[str, str], measure.Row]] = {}
     for row in rows:
-        key = (row.chain, tuple(row.shape), row.operands, row.dtype)
+        key = (row.chain, shape_text(row.shape), row.operands, row.dtype)
         groups.setdefault(key, {})[row.backend, row.direction] = row
     names = list(dict.fromkeys(row.backend for row in rows if row.backend not in (COPY, LAUNCH)))
-    table = Table(title="time over that of a copy of the same bytes, forward and backward", title_justify="left")
-    for column in ("chain", "x", "operand", "dtype"):
-        table.add_column(column, no_wrap=column != "chain", overflow="fold")
-    for column in ("copy", *names):
-        for way in (FORWARD, BACKWARD):
-            table.add_column(f"{column}, {way}{' µs' if column == 'copy' else ''}", justify="right")
-    table.add_column("note")
-    for (chain, shape, operands, dtype), group in groups.items():
-        copies = [f"{group[COPY, way].time_us:.4g}" for way in (FORWARD, BACKWARD)]
-        shares = [_share(group.get((name, way))) for name in names for way in (FORWARD, BACKWARD)]
-        size = "x".join(map(str, shape))
+    words = ("chain", "x", "operand", "dtype")
+    times = [*(f"copy, {way} µs" for way in WAYS), *(f"{name}, {way}" for name in names for way in WAYS)]
+    table = empty(TITLE, (*words, *times, "note"), {*words, "note"})
+    for (chain, size, operands, dtype), group in groups.items():
+        copies = [f"{group[COPY, way].time_us:.4g}" for way in WAYS]
+        shares = [_share(group.get((name, way))) for name in names for way in WAYS]
         table.add_row(*map(Text, (chain, size, operands, dtype, *copies)), *shares, Text(_note(group, names)))
     return table
 
@@ -113,7 +103,7 @@ def _share(row: measure.Row | None) -> Text:
 def _note(group: dict[tuple[str, str], measure.Row], names: Sequence[str]) -> str:
     notes = []
     for name in names:
-        both = [row for way in (FORWARD, BACKWARD) if (row := group.get((name, way)))]
+        both = [row for way in WAYS if (row := group.get((name, way)))]
         launches = [f"{row.launches:.2f}" for row in both if row.launches]
         notes += [f"{name} {' '.join(launches)} launches"] if launches else []
         notes += list(dict.fromkeys(f"{name}: {row.note}" for row in both if row.note))

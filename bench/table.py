@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -60,47 +60,48 @@ def as_json(rows: Sequence[Row], device: torch.device, **more: Any) -> dict[str,
     return {"device": device_info(device), "times": how(device), **more, "rows": [asdict(row) for row in rows]}
 
 
-COLUMNS = ("direction", "backend", "µs", "±", "GB/s", "of copy", "launches", "× eager", "× compile", "max ulp", "note")
+def empty(title: str, columns: Sequence[str], words: Collection[str]) -> Table:
+    """Return a table without rows: columns of `words` are aligned to the left, those of numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in words else "right", overflow="fold")
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+# The columns of `render`: an attribute of a Row, and how its value is written.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "direction": ("direction", str),
+    "backend": ("backend", str),
+    "µs": ("time_us", _number),
+    "±": ("half_width_us", _number),
+    "GB/s": ("gbps", _number),
+    "of copy": ("copy_share", "{:.3f}".format),
+    "launches": ("launches", "{:.2f}".format),
+    "× eager": ("vs_eager", "{:.2f}".format),
+    "× compile": ("vs_compile", "{:.2f}".format),
+    "max ulp": ("max_ulp", "{:.4g}".format),
+    "note": ("remark", str),
+}
 
 
 def render(rows: Sequence[Row], title: str) -> Table:
     """Return one table: a chain, shape and dtype in both directions. Empty columns are left out."""
-    lines = [_cells(row) for row in rows]
-    shown = [i for i, _ in enumerate(COLUMNS) if any(cells[i] for cells in lines)]
-    table = Table(title=title, title_justify="left")
-    for i in shown:
-        words = COLUMNS[i] in ("direction", "backend", "note")
-        table.add_column(COLUMNS[i], justify="left" if words else "right", no_wrap=COLUMNS[i] != "note")
+    shown: dict[str, list[str]] = {}
+    for name, (field, written) in COLUMNS.items():
+        values = [getattr(row, field) for row in rows]
+        texts = ["" if value is None else written(value) for value in values]
+        if any(texts):
+            shown[name] = texts
+    table = empty(title, list(shown), {"direction", "backend", "note"})
     previous = ""
-    for row, cells in zip(rows, lines, strict=True):
-        if previous and row.direction != previous:
+    for row, (direction, *cells) in zip(rows, zip(*shown.values(), strict=True), strict=True):
+        if previous and direction != previous:
             table.add_section()
-        if row.direction == previous:
-            cells = ("", *cells[1:])
         style = "red" if not row.ok else "dim" if row.backend in (COPY, LAUNCH) else None
-        table.add_row(*(Text(cells[i]) for i in shown), style=style)
-        previous = row.direction
+        table.add_row(*map(Text, ("" if direction == previous else direction, *cells)), style=style)
+        previous = direction
     return table
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    half = None if row.low_us is None or row.high_us is None else (row.high_us - row.low_us) / 2
-    return (
-        row.direction,
-        row.backend,
-        _number(row.time_us),
-        _number(half),
-        _number(row.gbps),
-        "" if row.copy_share is None else f"{row.copy_share:.3f}",
-        "" if row.launches is None else f"{row.launches:.2f}",
-        "" if row.vs_eager is None else f"{row.vs_eager:.2f}",
-        "" if row.vs_compile is None else f"{row.vs_compile:.2f}",
-        "" if row.max_ulp is None else f"{row.max_ulp:.4g}",
-        "; ".join(filter(None, ("interpreted" if row.interpreted else "", row.note))),
-    )
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

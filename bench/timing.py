@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,6 +21,7 @@ SAMPLE_US = 300.0  # a replay lasts at least this long: the events around it res
 BUDGET_S = 0.25  # device time for the samples of one figure
 MOST_SAMPLES, FEWEST_SAMPLES = 200, 10
 MOST_SETS = 32
+MOST_CALLS = 512  # in one graph
 
 
 @dataclass(frozen=True)
@@ -69,66 +71,54 @@ def timed(calls: Calls, stream: torch.cuda.Stream | None, budget_s: float = BUDG
     """Time the calls, which do the same on different data; `stream` comes from `on_stream` (None: the CPU)."""
     if stream is None:
         return _clocked(calls, budget_s)
-    for _ in range(3):  # compile, tune, and fill the allocator
-        for call in calls:
-            call()
-    rough = _events(calls, 2)
-    rounds = max(1, math.ceil(SAMPLE_US / max(rough * len(calls), 0.1)))
-    rounds = min(rounds, max(1, 512 // len(calls)))
-    samples = int(budget_s * 1e6 / max(rough * len(calls) * rounds, 1.0))
-    samples = max(FEWEST_SAMPLES, min(MOST_SAMPLES, samples))
+    _repeat(calls, 3)  # compile, tune, and fill the allocator
+    (rough,) = _events(partial(_repeat, calls, 2), 1)
+    rounds = min(math.ceil(SAMPLE_US / max(rough / 2, 0.1)), max(1, MOST_CALLS // len(calls)))
+    samples = int(budget_s * 1e6 / max(rough / 2 * rounds, 1.0))
     method, note = "graph", ""
+    run: Callable[[], object] = partial(_repeat, calls, rounds)
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for _ in range(rounds):
-                for call in calls:
-                    call()
-
-        def run() -> None:
-            graph.replay()
-
+            run()
+        run = graph.replay
     except Exception as error:  # a call that synchronises, or allocates elsewhere
         torch.cuda.synchronize()
-        first = (str(error).strip().splitlines() or [""])[0]
-        method, note = "events", f"not capturable ({type(error).__name__}: {first[:80]}), so the host's time counts too"
-
-        def run() -> None:
-            for _ in range(rounds):
-                for call in calls:
-                    call()
-
+        method, note = "events", f"not capturable ({said(error)[:100]}), so the host's time counts too"
     for _ in range(2):
         run()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(samples)]
+    times = _events(run, max(FEWEST_SAMPLES, min(MOST_SAMPLES, samples)))
+    return _summary([time / (rounds * len(calls)) for time in times], method, note)
+
+
+def said(error: Exception) -> str:
+    """Return the class of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _repeat(calls: Calls, rounds: int) -> None:
+    for _ in range(rounds):
+        for call in calls:
+            call()
+
+
+def _events(run: Callable[[], object], samples: int) -> list[float]:
+    """Return the microseconds between an event before and an event after each of so many runs."""
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
     for start, end in pairs:
         start.record()
         run()
         end.record()
     torch.cuda.synchronize()
-    times = [start.elapsed_time(end) * 1e3 / (rounds * len(calls)) for start, end in pairs]
-    return _summary(times, method, note)
-
-
-def _events(calls: Calls, rounds: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(rounds):
-        for call in calls:
-            call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e3 / (rounds * len(calls))
+    return [start.elapsed_time(end) * 1e3 for start, end in pairs]
 
 
 def _clocked(calls: Calls, budget_s: float) -> Timing:
-    for call in calls:
-        call()
+    _repeat(calls, 1)
     times: list[float] = []
     while len(times) < 3 or (sum(times) < budget_s * 1e6 and len(times) < MOST_SAMPLES):
         start = time.perf_counter()
-        for call in calls:
-            call()
+        _repeat(calls, 1)
         times.append((time.perf_counter() - start) * 1e6 / len(calls))
     return _summary(times, "clock", "")
 

@@ -1,28 +1,26 @@
-"""Search for `dualop tune`: compile every launch, time it, check the results of the fastest and keep it."""
+"""Search for `dualop tune`: compile every launch, time it, check the results of the fastest, keep and show it."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from rich.table import Table
+from rich.text import Text
 
 from dualop.backends import registry
-from dualop.backends.base import Backend, Planned
+from dualop.backends.base import Planned
 from dualop.backends.registry import BACKENDS
 from dualop.bench import measure, timing
-from dualop.bench.workloads import FORWARD, Workload
-from dualop.errors import BuildError
-from dualop.language.slopes import Slope
-from dualop.language.syntax import Chain
+from dualop.bench.table import device_info, empty
+from dualop.bench.workloads import FORWARD, Workload, shape_text
 from dualop.launch import tuning
 from dualop.launch.grid import Cut
-from dualop.launch.layout import Layout
 
 BUDGET_S = 0.08  # of device time for a measurement: there are many, and those that matter are repeated
 
@@ -39,7 +37,7 @@ class Task:
 
     @property
     def subject(self) -> tuning.Subject:
-        return subject_of(self, self.work.layout)
+        return tuning.subject(self.backend, self.work.chain, self.work.layout, self.direction)
 
     @property
     def heuristic(self) -> Cut:
@@ -57,11 +55,7 @@ class Task:
         return list(dict.fromkeys((*others, *([known] if known else []))))
 
     def __str__(self) -> str:
-        return f"{self.backend} {self.direction}, {self.work.dtype}, {'x'.join(map(str, self.work.shape))}"
-
-
-def subject_of(task: Task, layout: Layout) -> tuning.Subject:
-    return tuning.subject(task.backend, task.work.chain, layout, task.direction)
+        return f"{self.backend} {self.direction}, {self.work.dtype}, {shape_text(self.work.shape)}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ def timer(workload: Workload, backend: str, direction: str, seed: int) -> tuning
             if direction == FORWARD:
                 calls = [partial(runs.forward, workload.chain, s.x, s.operands, cut=cut) for s in samples]
             else:
-                needs = (True,) * (1 + len(samples[0].operands))
+                needs = (True,) * len(workload.shapes)
                 calls = [partial(runs.backward, workload.chain, s.gy, s.x, s.operands, needs, cut=cut) for s in samples]
             return timing.timed(calls, stream, BUDGET_S).median_us
 
@@ -115,9 +109,11 @@ def timer(workload: Workload, backend: str, direction: str, seed: int) -> tuning
 
 def prepare(tasks: Sequence[Task], progress: Progress) -> None:
     """Compile every launch, in as many processes as there are cores. What cannot be compiled fails when it is timed."""
-    for name in dict.fromkeys(task.backend for task in tasks):
-        with contextlib.suppress(BuildError):
-            BACKENDS[name].prepare((call for task in tasks if task.backend == name for call in planned(task)), progress)
+    calls: dict[str, list[Planned]] = {}
+    for task in tasks:
+        calls.setdefault(task.backend, []).extend(planned(task))
+    for name, own in calls.items():
+        registry.prepare([name], own, progress)
 
 
 def planned(task: Task) -> list[Planned]:
@@ -126,113 +122,99 @@ def planned(task: Task) -> list[Planned]:
     return [replace(one, directions=(way,), cuts=((way, cut),)) for cut in task.candidates]
 
 
-class Fixed(Backend):
-    """Run a backend with kernels that are cut in a fixed way."""
-
-    def __init__(self, backend: str, cuts: Mapping[str, Cut]) -> None:
-        self._of: Any = BACKENDS[backend]
-        self._cuts, self.name, self.interpreted = cuts, f"{backend}_as_found", self._of.interpreted
-
-    def environment(self) -> list[str]:
-        return list(self._of.environment())
-
-    def reasons(self, chain: Chain | Slope, device: torch.device) -> list[str]:
-        return list(self._of.reasons(chain, device))
-
-    def forward(self, chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        y: Tensor = self._of.forward(chain, x, operands, cut=self._cuts.get("forward"))
-        return y
-
-    def backward(
-        self, chain: Chain | Slope, gy: Tensor, x: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor]:
-        return list(self._of.backward(chain, gy, x, operands, needs, cut=self._cuts.get("backward")))
-
-    def source(self, chain: Chain) -> str:
-        return str(self._of.source(chain))
-
-
 def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progress]) -> list[Row]:
     """Return the rows of all tasks.
 
     With `keep`, every launch whose results are right is kept on disk, also the heuristic's own choice where it won.
     """
     rows = []
-    for work in dict.fromkeys(task.work for task in tasks):
-        found: dict[Task, tuning.Result[Cut]] = {}
-        failed: dict[Task, str] = {}
-        for task in (task for task in tasks if task.work == work):
-            try:
-                found[task] = _search(task, seed, bar(str(task)))
-            except Exception as error:  # the heuristic's own launch failed
-                failed[task] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        wrong = _wrong(work, {task: result.best for task, result in found.items()}, seed)
-        for task, note in failed.items():
-            rows.append(replace(_row(task), ok=False, note=note))
-        for task, result in found.items():
-            if keep and not wrong[task]:
-                tuning.keep(task.subject, work.device, result.best, result.microseconds, result.before)
-            rows.append(_filled(_row(task), result, wrong[task], keep))
+    for task in tasks:
+        work = task.work
+        row = Row(
+            backend=task.backend,
+            direction=task.direction,
+            chain=str(work.chain),
+            dtype=work.dtype,
+            shape=list(work.shape),
+            operands=", ".join(work.operand_forms),
+            interpreted=BACKENDS[task.backend].interpreted,
+            heuristic=asdict(task.heuristic),
+        )
+        time = timer(work, task.backend, task.direction, seed)
+        near = partial(tuning.near, work.layout, task.direction)
+        try:
+            result = tuning.search(task.heuristic, task.candidates, time, bar(str(task)), near)
+        except Exception as error:  # the heuristic's own launch failed
+            rows.append(replace(row, ok=False, note=timing.said(error)))
+            continue
+        wrong = _wrong(task, result.best, seed)
+        if keep and not wrong:
+            tuning.keep(task.subject, work.device, result.best, result.microseconds, result.before)
+        row = replace(
+            row,
+            heuristic_us=round(result.before, 3),
+            best=asdict(result.best),
+            best_us=round(result.microseconds, 3),
+            gain=round(result.gain, 4),
+            tried=result.tried,
+            times=[{**asdict(cut), "us": round(time, 3)} for cut, time in result.first.items()],
+            failed=[{**asdict(cut), "why": why} for cut, why in result.failed.items()],
+            ok=not wrong,
+            kept=keep and not wrong,
+            note=wrong,
+        )
+        rows.append(row)
     registry.forget_launches()
     return rows
 
 
-def _search(task: Task, seed: int, progress: Progress) -> tuning.Result[Cut]:
-    time = timer(task.work, task.backend, task.direction, seed)
-    near = partial(tuning.near, task.work.layout, task.direction)
-    return tuning.search(task.heuristic, task.candidates, time, progress, near)
+def _wrong(task: Task, cut: Cut, seed: int) -> str:
+    """Return what is wrong with the results of a launch, or "" if nothing is."""
+    of: Any = BACKENDS[task.backend]
+    name = f"{task.backend}_as_found"
+    fixed = copy.copy(of)  # the same backend under another name, with one kernel cut in a fixed way
+    fixed.name, fixed.replays, fixed.reasons = name, False, of.reasons
+    fixed.forward, fixed.backward = of.forward, of.backward
+    setattr(fixed, task.direction, partial(getattr(of, task.direction), cut=cut))
+    registry.register(fixed)
+    try:
+        work = task.work.first(measure.rows_to_check(task.work))
+        functions = {name: partial(work.chain, backend=name)}
+        return measure.verdicts(work, functions, seed, None, lambda text: None)[name].wrong.get(task.direction, "")
+    finally:
+        registry.unregister(name)
 
 
-def _wrong(work: Workload, launches: dict[Task, Cut], seed: int) -> dict[Task, str]:
-    """Return for each task what is wrong with the results of its launch, or "" if nothing is."""
-    rows = measure.rows_to_check(work)
-    checked = work if rows is None else replace(work, shape=(min(rows, work.shape[0]), *work.shape[1:]))
-    fixed = [
-        Fixed(name, {task.direction: cut for task, cut in launches.items() if task.backend == name})
-        for name in dict.fromkeys(task.backend for task in launches)
-    ]
-    with contextlib.ExitStack() as stack:
-        for backend in fixed:
-            registry.register(backend)
-            stack.callback(registry.unregister, backend.name)
-        functions: dict[str, Any] = {b.name: partial(work.chain, backend=b.name) for b in fixed}
-        verdicts = measure.verdicts(checked, functions, seed, None, lambda text: None) if fixed else {}
-    return {task: verdicts[f"{task.backend}_as_found"].wrong.get(task.direction, "") for task in launches}
+TITLE = (
+    "launches: rows a thread x threads (side by side), blocks of 256 threads an SM that registers are held down for, "
+    "programs an SM where gradients are summed"
+)
+WORDS = ("backend", "direction", "chain", "x", "dtype", "heuristic", "best", "note")
+COLUMNS = (*WORDS[:6], "µs", "best", "µs", "gain", "tried", "failed", "note")
 
 
-def _row(task: Task) -> Row:
-    work = task.work
-    return Row(
-        backend=task.backend,
-        direction=task.direction,
-        chain=str(work.chain),
-        dtype=work.dtype,
-        shape=list(work.shape),
-        operands=", ".join(work.operand_forms),
-        interpreted=BACKENDS[task.backend].interpreted,
-        heuristic=asdict(task.heuristic),
-    )
+def render(rows: Sequence[Row]) -> Table:
+    """Return the table, with a line for each search."""
+    table = empty(TITLE, COLUMNS, WORDS)
+    for row in rows:
+        what = (row.backend, row.direction, row.chain, shape_text(row.shape), row.dtype)
+        times = (_launch(row.heuristic), _number(row.heuristic_us), _launch(row.best), _number(row.best_us))
+        counts = (_number(row.gain), str(row.tried), str(len(row.failed)))
+        table.add_row(*map(Text, (*what, *times, *counts, row.note)), style="red" if not row.ok else None)
+    return table
 
 
-def _filled(row: Row, result: tuning.Result[Cut], wrong: str, keep: bool) -> Row:
-    return replace(
-        row,
-        heuristic_us=round(result.before, 3),
-        best=asdict(result.best),
-        best_us=round(result.microseconds, 3),
-        gain=round(result.gain, 4),
-        tried=result.tried,
-        times=[{**asdict(cut), "us": round(time, 3)} for cut, time in result.first.items()],
-        failed=[{**asdict(cut), "why": why} for cut, why in result.failed.items()],
-        ok=not wrong,
-        kept=keep and not wrong,
-        note=wrong,
-    )
+def _launch(cut: dict[str, int] | None) -> str:
+    if cut is None:
+        return ""
+    return "{rows}x{threads}({across}) {resident} {least}-{most}".format(**cut)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def as_json(rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
     """Return the content of the file that `--json` writes."""
-    from dualop.bench.table import device_info
-
     file, launches = tuning.kept(device)
     return {"device": device_info(device), "file": str(file), "launches": launches, "rows": [asdict(r) for r in rows]}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,15 @@ class Workload:
         return [self.operands[i % len(self.operands)] for i in range(len(self.chain.operands))]
 
     @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of x and of the operands."""
+        return [self.shape, *(OPERAND_FORMS[form](self.shape) for form in self.operand_forms)]
+
+    def first(self, rows: int | None) -> Workload:
+        """Return this workload on the first `rows` of x only; None means all of them."""
+        return self if rows is None else replace(self, shape=(min(rows, self.shape[0]), *self.shape[1:]))
+
+    @property
     def layout(self) -> Layout:
         """Return the layout of a call with these samples."""
         x, *operands = self.planned.tensors
@@ -57,20 +66,18 @@ class Workload:
     @property
     def planned(self) -> Planned:
         """Return a call with these samples, to have it compiled ahead."""
-        shapes = (self.shape, *(OPERAND_FORMS[form](self.shape) for form in self.operand_forms))
-        tensors = (torch.empty(shape, dtype=DTYPES[self.dtype], device="meta") for shape in shapes)
+        tensors = (torch.empty(shape, dtype=DTYPES[self.dtype], device="meta") for shape in self.shapes)
         return Planned(self.chain, tuple(tensors), self.device)
 
     def sample(self, seed: int, rows: int | None = None) -> Sample:
         """Make one set of inputs and a gy; only the first `rows` of x if given."""
-        shape = self.shape if rows is None else (min(rows, self.shape[0]), *self.shape[1:])
         if self.device.type == "cpu" or rows is not None:
+            shape = self.first(rows).shape
             return sample(self.chain, Case("bench", shape, self.operands), self.dtype, self.device, seed)
         # On the device itself: a random number a nanosecond on the CPU would take longer than all the timing.
         generator = torch.Generator(self.device).manual_seed(seed)
         like: dict[str, Any] = {"dtype": DTYPES[self.dtype], "device": self.device, "generator": generator}
-        forms = self.operand_forms
-        x, gy, *operands = (torch.randn(s, **like) for s in (shape, shape, *(OPERAND_FORMS[f](shape) for f in forms)))
+        x, gy, *operands = (torch.randn(size, **like) for size in (self.shape, *self.shapes))
         return Sample(x, tuple(operands), gy, self.dtype, "bench")
 
     def bytes(self, direction: str) -> int:
@@ -79,29 +86,22 @@ class Workload:
         Forward reads x and writes y; backward reads x and gy and writes grad x. Both read the operands, and backward
         writes their gradients.
         """
-        size = DTYPES[self.dtype].itemsize
-        x = math.prod(self.shape)
-        operands = sum(math.prod(OPERAND_FORMS[form](self.shape)) for form in self.operand_forms)
-        return size * (2 * x + operands if direction == FORWARD else 3 * x + 2 * operands)
+        x, *operands = map(math.prod, self.shapes)
+        numbers = 2 * x + sum(operands) if direction == FORWARD else 3 * x + 2 * sum(operands)
+        return DTYPES[self.dtype].itemsize * numbers
 
 
-def contestants(workload: Workload, backends: list[str], compiled: bool, eager: bool = True) -> dict[str, Function]:
+def contestants(workload: Workload, backends: Sequence[str], compiled: bool, eager: bool = True) -> dict[str, Function]:
     """Return a function of (x, *operands) by name: torch eager, torch.compile and the backends.
 
     Eager and torch.compile get the chain as a user would write it: torch's functions one after the other on the
     tensors in their own dtype.
     """
-    written_out = partial(evaluate_on, workload.chain)
+    written_out = lambda x, *operands: evaluate(workload.chain, x, operands)
     functions: dict[str, Function] = {EAGER: written_out} if eager else {}
     if compiled:
         functions[COMPILED] = torch.compile(written_out, dynamic=False)
-    for name in backends:
-        functions[name] = partial(workload.chain, backend=name)
-    return functions
-
-
-def evaluate_on(chain: Chain, x: Tensor, *operands: Tensor) -> Tensor:
-    return evaluate(chain, x, operands)
+    return functions | {name: partial(workload.chain, backend=name) for name in backends}
 
 
 def calls(function: Function, direction: str, sets: list[Sample]) -> list[Callable[[], Any]]:
@@ -111,7 +111,7 @@ def calls(function: Function, direction: str, sets: list[Sample]) -> list[Callab
     graph whose forward ran once, outside.
     """
     if direction == FORWARD:
-        return [partial(_no_grad, function, (s.x, *s.operands)) for s in sets]
+        return [partial(without_gradients, function, s.x, *s.operands) for s in sets]
     backwards = []
     for s in sets:
         leaves = [t.detach().requires_grad_() for t in (s.x, *s.operands)]
@@ -120,9 +120,10 @@ def calls(function: Function, direction: str, sets: list[Sample]) -> list[Callab
     return backwards
 
 
-@torch.no_grad()
-def _no_grad(function: Function, tensors: tuple[Tensor, ...]) -> Tensor:
-    return function(*tensors)
+def without_gradients(function: Function, *tensors: Tensor) -> Tensor:
+    """Call the function under no_grad, as in inference."""
+    with torch.no_grad():
+        return function(*tensors)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -130,4 +131,9 @@ def parse_shape(text: str) -> tuple[int, ...]:
     parts = text.lower().replace("×", "x").split("x")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ShapeError(f"a shape is written like 16384x8192, not {text!r}")
-    return tuple(int(part) for part in parts)
+    return tuple(map(int, parts))
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Return the text of a shape, which `parse_shape` reads."""
+    return "x".join(map(str, shape))

@@ -1,11 +1,12 @@
-"""`chain(x @ weight.T, *operands)` in one Triton kernel, the chain in the matrix product's epilogue, for inference.
+"""Run `chain(x @ weight.T, *operands)` in one Triton kernel, the chain in the product's epilogue, for inference.
 
-cuBLAS with a kernel behind it is the rule; this one saves writing the product and reading it again, and hides part of
-the chain's arithmetic behind the tensor cores, but its product alone is slower than cuBLAS. `pays` says where it is
-taken. The environment variable DUALOP_GEMM asks for it: `on` takes it wherever it can run, `auto` (the default) where
-it pays, `off` never. It is Triton's: a backend that is asked for by name and is not triton rules it out. A call that is
-to be differentiated always takes cuBLAS and the chain: in training one kernel gains nothing (bench/NOTES.md), since the
-product has to be written for the backward all the same.
+As a rule, cuBLAS computes the product and a second kernel the chain. The one kernel here does not write the product and
+read it again, and hides part of the chain's arithmetic behind the tensor cores, but its product alone is slower than
+that of cuBLAS. `pays` says which sizes gain.
+
+The environment variable DUALOP_GEMM chooses: `on` takes the kernel wherever it can run, `auto` (the default) where it
+pays, `off` never. A call whose backend is set to another one than triton does not take it. Neither does a call that
+needs a gradient: backward needs the product in memory, so training gains nothing (bench/NOTES.md).
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ from dualop.launch.layout import Layout, layout_of
 from dualop.op import eager
 
 SWITCH = "DUALOP_GEMM"
+BACKEND = TRITON.name  # the kernel is Triton's
 mode = os.environ.get(SWITCH) or "auto"
 
 
 @contextmanager
 def switched(to: str) -> Iterator[None]:
-    """DUALOP_GEMM within a `with` block, for all threads: auto, on or off."""
+    """Set DUALOP_GEMM to auto, on or off within a `with` block, for all threads."""
     global mode
     before, mode = mode, to
     try:
@@ -50,31 +52,27 @@ def switched(to: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a program's tile, bytes of its depth that are loaded at once, and how many such loads are
-
-    under way; warps of a program, programs of an SM; in how many parts the chain runs on a tile; tiles of rows that
-    share columns of the weight in the L2 cache.
-    """
+    """Describe how the kernel is cut: the tile of y that a program computes at a time, and what computes it."""
 
     rows: int = 128
     columns: int = 128
-    depth_bytes: int = 128
-    stages: int = 3
+    depth_bytes: int = 128  # of a row of x and of weight, for one step of the product
+    stages: int = 3  # steps whose loads are in flight
     warps: int = 4
-    programs: int = 2
-    parts: int = 2
-    group: int = 8
+    programs: int = 2  # of an SM
+    parts: int = 2  # the chain runs on one part of the columns after the other, which takes fewer registers
+    group: int = 8  # tiles of rows that share columns of the weight in the L2 cache
 
 
 TILE = Tile()
 
 
 def pays(rows: int, out_features: int, in_features: int) -> bool:
-    """Return True where the fused kernel beats cuBLAS and a kernel behind it.
+    """Return True where the one kernel is faster than cuBLAS and a kernel behind it.
 
-    Measured on an H100, default chain, bfloat16, against the better of both backends (bench/NOTES.md): by 1.05 to 1.3
-    with up to 1024 in_features; with 2048 it is a draw (0.98 and 1.04), and beyond, the product is all that counts and
-    cuBLAS's is faster.
+    Measured on an H100 with the default chain in bfloat16, against the faster of both backends (bench/NOTES.md): it is
+    1.05 to 1.3 times as fast with up to 1024 in_features, and 0.98 to 1.04 times with 2048. With more, the product
+    takes most of the time, and cuBLAS's is faster.
     """
     return in_features <= 1024 and rows * out_features >= 2**23
 
@@ -82,9 +80,9 @@ def pays(rows: int, out_features: int, in_features: int) -> bool:
 def reasons(x: Tensor, weight: Tensor, operands: Sequence[Tensor], backend: str | None = None) -> list[str]:
     """Return what keeps product and chain from running in one kernel here; empty if nothing does.
 
-    It takes x (..., in_features), weight (out_features, in_features) and operands of one dtype: bfloat16, float16, or
-    float32 where torch.set_float32_matmul_precision allows TF32. Raises BackendUnavailable where DUALOP_GEMM is none of
-    auto, on, off.
+    The kernel takes x (..., in_features), weight (out_features, in_features) and operands that broadcast with the
+    product, all of one dtype: bfloat16, float16, or float32 where torch.set_float32_matmul_precision allows TF32.
+    Raises BackendUnavailable if DUALOP_GEMM is none of auto, on, off.
     """
     if mode not in ("auto", "on", "off"):
         raise BackendUnavailable(f"{SWITCH}={mode}: it may be auto, on or off")
@@ -95,18 +93,20 @@ def reasons(x: Tensor, weight: Tensor, operands: Sequence[Tensor], backend: str 
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return ["the shapes do not fit"]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *operands)):
-        return ["a gradient is wanted, and the kernel is for inference: cuBLAS and the chain are as fast in training"]
+        return ["a gradient is needed, and the kernel is for inference: cuBLAS and the chain are as fast in training"]
     rows = x.numel() // max(x.shape[-1], 1)
     if mode == "auto" and not pays(rows, weight.shape[0], weight.shape[1]):
         return ["cuBLAS and a kernel behind it are faster at this size"]
-    of_call = _of_call(x, registry.requested(backend))
-    return of_call or _of_tensors(x, weight, operands) or _of_layout(x, weight, operands)
+    name = registry.requested(backend)
+    if name != BACKEND and (name != registry.AUTO or registry.interpreting()):
+        return [f"the backend is {name}, and this kernel is {BACKEND}'s"]
+    return TRITON.environment() or _of_tensors(x, weight, operands) or _of_layout(x, weight, operands)
 
 
 def launch(chain: Chain, x: Tensor, weight: Tensor, operands: Sequence[Tensor], tile: Tile | None = None) -> Tensor:
-    """Return chain(F.linear(x, weight), *operands) from one kernel, where `reasons` is empty.
+    """Return chain(F.linear(x, weight), *operands) from one kernel; call it only where `reasons` is empty.
 
-    The chain takes the product as it is accumulated, in float32.
+    The product is accumulated in float32, and the chain takes it before it is rounded.
     """
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     kernel, grid, arguments, constants, options = prepared(chain, _rows(x), _rows(weight), y, operands, tile or TILE)
@@ -115,20 +115,14 @@ def launch(chain: Chain, x: Tensor, weight: Tensor, operands: Sequence[Tensor], 
     return y
 
 
-def _of_call(x: Tensor, name: str) -> list[str]:
-    if name != "triton" and (name != registry.AUTO or registry.interpreting()):
-        return [f"the backend is {name}, and this kernel is triton's"]
-    if torch.is_autocast_enabled(x.device.type):
-        return ["autocast is on"]
-    return TRITON.environment()
-
-
 def _of_tensors(x: Tensor, weight: Tensor, operands: Sequence[Tensor]) -> list[str]:
     tensors = (x, weight, *operands)
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return [f"{x.dtype} is not for tensor cores"]
     if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return ["float32 products are to be exact: torch.set_float32_matmul_precision"]
+    if torch.is_autocast_enabled(x.device.type):
+        return ["autocast is on"]
     if any((t.dtype, t.device) != (x.dtype, x.device) for t in tensors):
         return ["the tensors differ in dtype or device"]
     if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
@@ -147,10 +141,10 @@ def _of_tensors(x: Tensor, weight: Tensor, operands: Sequence[Tensor]) -> list[s
 def _of_layout(x: Tensor, weight: Tensor, operands: Sequence[Tensor]) -> list[str]:
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
     try:
-        view = _view(shape, x.dtype, operands)
+        layout = _layout(shape, x.dtype, operands)
     except RuntimeError:
         return ["the operands do not broadcast"]
-    if view.shape != shape or any(v.copy is not None for v in view.views):
+    if layout.shape != shape or any(view.copy is not None for view in layout.views):
         return ["an operand does not lie along the rows and columns of the product"]
     return []
 
@@ -160,9 +154,8 @@ def prepared(
 ) -> tuple[Any, tuple[int], list[Any], dict[str, Any], dict[str, Any]]:
     """Return a launch: the kernel, the grid, arguments, constants, options. x and weight are matrices."""
     (rows, depth), cols = x.shape, weight.shape[0]
-    view = _view(y.shape, y.dtype, operands)
-    kernel = _module(chain, tuple(v.kind for v in view.views[1:-1])).gemm_kernel
-    deep = tile.depth_bytes // x.element_size()
+    layout = _layout(y.shape, y.dtype, operands)
+    views, deep = layout.views[1:-1], tile.depth_bytes // x.element_size()
     matrices: list[Any] = [x, weight, y.reshape(rows, cols)]
     descriptors = _aligned(*matrices) and (x.device.type != "cuda" or _hopper(x.device))
     if descriptors:
@@ -170,46 +163,50 @@ def prepared(
 
         blocks = ([tile.rows, deep], [tile.columns, deep], [tile.rows, tile.columns // tile.parts])
         matrices = [TensorDescriptor.from_tensor(m, block) for m, block in zip(matrices, blocks, strict=True)]
-    views: list[Any] = []
-    for v, tensor in zip(view.views[1:-1], operands, strict=True):
-        views += (tensor, v.div, v.mod, v.row_stride, v.outer_stride)
+    placed = [
+        part
+        for tensor, view in zip(operands, views, strict=True)
+        for part in (tensor, view.div, view.mod, view.row_stride, view.outer_stride)
+    ]
     tiles = ceil_div(rows, tile.rows) * ceil_div(cols, tile.columns)
     constants = {
-        "DESCRIPTORS": descriptors, "NARROW": view.narrow, "BITS": view.bits,
+        "DESCRIPTORS": descriptors, "NARROW": layout.narrow, "BITS": layout.bits,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": deep, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
-    options = {} if registry.interpreting() else {**TRITON.options(32 * tile.warps), "num_stages": tile.stages}
-    arguments = [*matrices, *views, rows, cols, depth, x.stride(0), weight.stride(0)]
-    return kernel, (min(tiles, tile.programs * multiprocessors(x.device)),), arguments, constants, options
-
-
-def source(chain: Chain, kinds: Sequence[int]) -> str:
-    """The text of the chain's file for operands of these kinds (dualop/launch/layout.py)."""
-    from dualop.triton_kernels.gemm import generate
-
-    return generate(str(chain).replace('"', "'"), steps(chain), kinds)
+    return (
+        _module(chain, tuple(view.kind for view in views)).gemm_kernel,
+        (min(tiles, tile.programs * multiprocessors(x.device)),),
+        [*matrices, *placed, rows, cols, depth, x.stride(0), weight.stride(0)],
+        constants,
+        {**TRITON.options(32 * tile.warps), "num_stages": tile.stages},
+    )
 
 
 @lru_cache(maxsize=256)
 def _module(chain: Chain, kinds: tuple[int, ...]) -> ModuleType:
-    return imported(source(chain, kinds))
+    """Return the chain's module for operands of these kinds (dualop/launch/layout.py)."""
+    from dualop.triton_kernels.gemm import generate
+
+    return imported(generate(str(chain).replace('"', "'"), steps(chain), kinds))
 
 
-def _view(shape: torch.Size, dtype: torch.dtype, operands: Sequence[Tensor]) -> Layout:
-    """The layout of the product and the operands, with a vector along its columns behind them, so that it is not cut
-    into other rows than the product has."""
+def _layout(shape: torch.Size, dtype: torch.dtype, operands: Sequence[Tensor]) -> Layout:
+    """Return the layout of the product, the operands and a vector along the columns.
+
+    The vector keeps the layout from being cut into other rows than the product has.
+    """
     product, vector = (torch.empty(s, dtype=dtype, device="meta") for s in (shape, shape[-1:]))
     return layout_of(product, [*operands, vector])
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """As a matrix whose rows are dense; a view where there is one."""
+    """Return the tensor as a matrix whose rows are dense, without a copy where that is possible."""
     matrix = tensor.reshape(-1, tensor.shape[-1])
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _aligned(*matrices: Tensor) -> bool:
-    """Whether all rows start at multiples of 16 bytes, as a tensor descriptor needs them to."""
+    """Return True if all rows start at multiples of 16 bytes, as a tensor descriptor requires."""
     return all(m.data_ptr() % 16 == 0 == m.stride(0) * m.element_size() % 16 for m in matrices)
 
 

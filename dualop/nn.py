@@ -41,9 +41,9 @@ def parameter_name(operand: str) -> str:
 class ChainLayer(nn.Module):
     """Compute `chain(x, *operands)` with operands that are parameters of the layer.
 
-    `shapes` are the operands' shapes in the order of `chain.operands`, or by name. An operand of shape None is no
+    `shapes` are the operands' shapes in the order of `chain.operands`, or by name. An operand of shape None is not a
     parameter; `forward` takes it in order or by name: `ChainLayer("gelu | add(skip)", None)(x, skip)`. Parameters are
-    drawn by `init(shape, device=..., dtype=...)`, in the operands' order: torch.randn, torch.zeros, ... `backend`
+    drawn in the operands' order by `init(shape, device=..., dtype=...)`, such as torch.randn or torch.zeros. `backend`
     applies to every call; None leaves the choice to `use_backend`, `set_backend` and DUALOP_BACKEND.
 
     The layer takes and returns what the chain does: x of any shape that the operands broadcast with, in float16,
@@ -102,13 +102,11 @@ class ChainLayer(nn.Module):
 
     def _parameter(self, operand: str) -> Tensor:
         """Return the operand's current parameter: torch's tools put tensors and properties in its place."""
-        name = parameter_name(operand)
-        value: Any = None
-        cause = None
+        name, cause = parameter_name(operand), None
         try:
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
         except AttributeError as error:
-            cause = error
+            value, cause = None, error
         if value is None:
             raise OperandError(
                 f"the parameter {name} of this {type(self).__name__} is None or was deleted: assign a tensor to it, or "
@@ -136,11 +134,11 @@ class ChainLayer(nn.Module):
 class LinearChain(ChainLayer):
     """Compute `chain(nn.Linear(...)(x), *operands)`: a matrix product, and one kernel for the rest.
 
-    The Linear is `nn.Linear(in_features, out_features, bias)`. Its bias is added inside the chain's kernel: the product
-    runs without it. Where the chain starts with an `add` of a parameter of shape (out_features,), the bias and that
-    parameter have one gradient, which is summed once for both. The product keeps its bias where the chain uses its own
-    input `x`, which is the Linear's output including the bias. Otherwise, in inference, product and chain are one
-    Triton kernel where that is faster, with few in_features: see dualop/linear.py.
+    The Linear is `nn.Linear(in_features, out_features, bias)`. The product runs without the bias, and the chain's
+    kernel adds it. Where the chain starts with an `add` of a parameter of shape (out_features,), the bias and that
+    parameter have one gradient, which is summed once for both. A chain that uses its own input `x` runs on a product
+    with its bias, since `x` is the Linear's output. Any other chain runs in inference in one Triton kernel with the
+    product where that is faster, with few in_features: see dualop/linear.py.
 
     All of this holds for an unmodified nn.Linear. Any other module in its place is called like any module, and the
     chain runs on its result: a Linear with hooks (pruning, weight_norm, spectral_norm, offloading), a parametrized or
@@ -196,8 +194,8 @@ class LinearChain(ChainLayer):
         if bias is None or self.folded is None:
             return self.chain, values
         if self.adds_first and values[0].shape == bias.shape and torch.is_grad_enabled():
-            # One vector, so that the backward kernel has one to sum up: as two operands they cost it 126 registers in
-            # place of 80 (bfloat16, sm_90). With no backward to come they are two, which saves adding them first.
+            # As one vector, so that the backward kernel has one gradient to sum: with two it takes 126 registers
+            # instead of 80 (bfloat16, sm_90). Without a backward they stay two, which saves adding them first.
             return self.chain, (bias + values[0], *values[1:])
         return self.folded, (bias, *values)
 
@@ -225,9 +223,9 @@ def starts_with_add(chain: Chain) -> bool:
     return first.stage.name == "add" and isinstance(first.operand, str) and operands.count(first.operand) == 1
 
 
-# A module whose class is nn.Linear differs from a new one by what its instance holds. Read off a new module, so that
-# this holds for the hooks of any torch: the containers that have to be empty, and the names of the class that no
-# attribute of the instance may hide (`forward`, what `Module.compile` leaves behind).
+# An instance of nn.Linear is modified if it holds what a new one does not. A new module shows, for the hooks of any
+# torch, which containers must be empty. No attribute of the instance may hide a name of the class, such as `forward`
+# or what `Module.compile` leaves behind.
 _NEW = vars(nn.Module())
 _EMPTY = tuple(
     name for name, value in _NEW.items()
@@ -238,7 +236,7 @@ _TENSORS = (Tensor, nn.Parameter)
 
 
 def _original(function: Any, module: Any) -> Any:
-    """Return the function if this module of torch wrote it; None, which equals no function, if it was replaced."""
+    """Return the function if this module of torch defines it, and None if it was replaced; None equals no function."""
     return function if getattr(function, "__globals__", None) is vars(module) else None
 
 
@@ -273,7 +271,7 @@ def is_untouched(linear: Any, x: Any) -> bool:
 
 
 class _Init:
-    """Hold how a layer's parameters are drawn; left out of a pickle that would refuse it, such as a lambda."""
+    """Hold the function that draws a layer's parameters; a pickle leaves it out if it cannot hold it (a lambda)."""
 
     def __init__(self, draw: Init | None) -> None:
         self.draw = draw

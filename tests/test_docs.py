@@ -127,16 +127,7 @@ def test_the_examples_of_a_page_run(page: Path) -> None:
 NO_IMPERATIVE = re.compile(
     "(A|All|Along|Also|An|As|At|By|From|How|It|None|Of|On|One|Said|So|That|The|What|Where|Whether|Who|Why|Within)$"
 )
-# The docstrings of these files are still to be rewritten. Take a file off this list when that is done.
-TO_BE_REWRITTEN = (
-    "dualop/linear.py",
-)
-SOURCES = [
-    path
-    for folder in ("dualop", "bench")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    if not name(path).startswith(TO_BE_REWRITTEN)
-]
+SOURCES = [path for folder in ("dualop", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def faults_of_docstrings(code: str) -> list[str]:

@@ -302,6 +302,15 @@ def test_the_command_compiles_and_times_cuda(monkeypatch, few):
     assert store.lookup(task(BACKWARD, "cuda").subject, CPU, Cut) is not None
 
 
+def test_without_a_backend_the_command_takes_all_that_have_launches_to_choose(monkeypatch, few, tmp_path):
+    monkeypatch.setattr(store, "candidates", lambda *a: [a[-1]])
+    file = tmp_path / "tune.json"
+    arguments = ["--chain", "add | relu", "--shape", "4x8", "--dtype", "float32", "--direction", "forward", "--dry-run"]
+    assert run("tune", *arguments, "--json", str(file)).exit_code == 0
+    names = [name for name, backend in BACKENDS.items() if backend.heuristic(OP, task().work.layout, FORWARD)]
+    assert [row["backend"] for row in json.loads(file.read_text())["rows"]] == names and "reference" not in names
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +12,17 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from dualop.bench.workloads import Workload
+
 DEFAULT_CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE, too.")]
 Backends = Annotated[str, typer.Option("--backend", help="cuda, triton, reference, several with commas, or all.")]
+Dtypes = Annotated[str, typer.Option("--dtype", help="Several with commas, or all.")]
+Operand = Annotated[
+    str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
+]
+Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
 
 
 def device() -> torch.device:
@@ -56,3 +64,18 @@ def dtypes(text: str) -> list[str]:
         if name not in DTYPES:
             raise DtypeError(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
     return names
+
+
+def one_of(value: str, known: Collection[str], option: str) -> str:
+    """Return the value of an option if it is known; raise BadParameter if not."""
+    if value not in known:
+        raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=option)
+    return value
+
+
+def workloads(chain: Any, shape: str, default: str, dtype: str, operand: str, device: torch.device) -> list[Workload]:
+    """Return the chain's workloads for every shape and dtype; without a shape, 16384x8192 or the `default` for CPUs."""
+    from dualop.bench.workloads import Workload, parse_shape
+
+    texts = (shape or ("16384x8192" if device.type == "cuda" else default)).split(",")
+    return [Workload(chain, parse_shape(text), name, device, (operand,)) for text in texts for name in dtypes(dtype)]

@@ -8,21 +8,21 @@ from typing import Annotated
 import typer
 
 from dualop.cli import options, output
-from dualop.cli.options import DEFAULT_CHAIN, Json
+from dualop.cli.options import DEFAULT_CHAIN, Dtypes, Json, Operand, Seed
 
 NO_GPU = "a search needs a GPU, and torch sees none; with DUALOP_INTERPRET=1 it times interpreted kernels"
 
 
 def tune(
-    backend: Annotated[str, typer.Option(help="cuda, triton, or both with a comma.")] = "cuda,triton",
+    backend: Annotated[
+        str, typer.Option(help="cuda, triton, both with a comma, or all that have launches to choose.")
+    ] = "all",
     chain: Annotated[str, typer.Option(help="What to search for.")] = DEFAULT_CHAIN,
     shape: Annotated[str, typer.Option(help="Several with commas (16384x8192; on the CPU 8x64).")] = "",
-    dtype: Annotated[str, typer.Option(help="Several with commas, or all.")] = "float32,bfloat16",
-    operand: Annotated[
-        str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
-    ] = "last",
+    dtype: Dtypes = "float32,bfloat16",
+    operand: Operand = "last",
     direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Search, and keep nothing.")] = False,
     forget: Annotated[bool, typer.Option("--forget", help="Only delete what was kept for this GPU.")] = False,
     json_file: Json = None,
@@ -36,7 +36,7 @@ def tune(
     device = options.device()
     import dualop
     from dualop.backends import registry
-    from dualop.bench import tuning, tuning_table, workloads
+    from dualop.bench import tuning, workloads
     from dualop.errors import BackendUnavailable
     from dualop.launch import tuning as launches
 
@@ -48,27 +48,27 @@ def tune(
         registry.forget_launches()
         out.print("\n".join(f"deleted {file}" for file in files) or "nothing was kept", markup=False, highlight=False)
         return
-    if operand not in workloads.FORMS:
-        raise typer.BadParameter(f"{operand!r} is none of {', '.join(workloads.FORMS)}", param_hint="--operand")
+    options.one_of(operand, workloads.FORMS, "--operand")
     both = (workloads.FORWARD, workloads.BACKWARD)
-    if direction not in (*both, "both"):
-        raise typer.BadParameter(f"{direction!r} is none of {', '.join(both)}, both", param_hint="--direction")
+    directions = both if direction == "both" else (options.one_of(direction, (*both, "both"), "--direction"),)
     op = dualop.chain(chain)
-    names, _ = options.backends(backend, op, device)
-    default = "16384x8192" if device.type == "cuda" else "8x64"
-    shapes, dtypes = [workloads.parse_shape(text) for text in (shape or default).split(",")], options.dtypes(dtype)
-    works = [workloads.Workload(op, size, name, device, (operand,)) for size in shapes for name in dtypes]
-    directions = both if direction == "both" else (direction,)
-    for name in names:
-        if registry.BACKENDS[name].heuristic(op, works[0].layout, workloads.FORWARD) is None:
-            raise typer.BadParameter(f"{name} has no launches to choose", param_hint="--backend")
+    names, unavailable = options.backends(backend, op, device)
+    works = options.workloads(op, shape, "8x64", dtype, operand, device)
+    chooses = lambda name: registry.BACKENDS[name].heuristic(op, works[0].layout, workloads.FORWARD) is not None
+    if backend == "all":
+        output.say_unavailable(out, unavailable)
+        names = [name for name in names if chooses(name)]
+    elif mute := [name for name in names if not chooses(name)]:
+        raise typer.BadParameter(f"{mute[0]} has no launches to choose", param_hint="--backend")
+    if not names:
+        raise BackendUnavailable("no backend that has launches to choose runs here")
     tasks = [tuning.Task(work, name, way) for work in works for name in names for way in directions]
     if device.type == "cpu":
         out.print("Interpreted kernels: these times say nothing about a GPU.", style="yellow")
     with output.bars(out) as bar:
         tuning.prepare(tasks, bar("compiling"))
         rows = tuning.run(tasks, seed, not dry_run, bar)
-    out.print(tuning_table.render(rows))
+    out.print(tuning.render(rows))
     file, count = launches.kept(device)
     said = "nothing was kept" if dry_run else f"{file} holds {count} launches"
     out.print(said, markup=False, highlight=False)

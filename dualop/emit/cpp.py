@@ -148,7 +148,7 @@ def resolved(text: str, bits: set[int], branch: bool = False) -> str:
 
 
 def _holds(condition: str, bits: int) -> bool:
-    """Return whether a branch may be taken: what follows && is not known here. Arithmetic in T has 53 bits or float's."""
+    """Return whether a branch may be taken. What follows && is not known here, so it may hold."""
     condition = condition.replace("sizeof(T) == 8", "bits == 53")
     return bool(eval(condition.partition(" && ")[0], {"bits": bits}))
 
