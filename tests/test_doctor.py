@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dualop.build import build
+from dualop.build import toolchain
 from dualop.launch import tuning
 from dualop.launch.grid import Cut
 from dualop.machine import doctor, probe
@@ -55,7 +55,7 @@ def bin_folder(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(folder))
-    monkeypatch.setattr(build, "USUAL_CUDA", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(toolchain, "USUAL_CUDA", str(tmp_path / "nowhere"))
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "cuda_runtime.h").write_text("")
 

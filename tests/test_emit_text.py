@@ -14,7 +14,7 @@ import pytest
 from test_emit import on_host
 
 import dualop
-from dualop.build import build
+from dualop.build import build, toolchain
 from dualop.emit.file import emit, parse_operands
 from dualop.errors import BackendUnavailable, ChainError, OperandError, ShapeError
 from dualop.language.stages import STAGES
@@ -99,18 +99,18 @@ def test_trimmed_kernels_compile(first: int, tmp_path: Path) -> None:
     start = text.index('r"""') + 4
     cuts = "#define FORWARD_CUT Cut<2, 6>\n#define BACKWARD_CUT Cut<2, 4>\n#define DTYPE float16\n"
     source.write_text(cuts + on_host(text[start : text.index('"""', start)]))
-    command = [str(build.find_cxx()), "-std=c++17", "-fsyntax-only", "-Wall", "-Wno-unknown-pragmas", str(source)]
+    command = [str(toolchain.find_cxx()), "-std=c++17", "-fsyntax-only", "-Wall", "-Wno-unknown-pragmas", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
 
 
-@pytest.mark.skipif(build.cuda_home() is None, reason="no nvcc")
+@pytest.mark.skipif(toolchain.cuda_home() is None, reason="no nvcc")
 def test_its_own_load_inline_builds_it(tmp_path: Path) -> None:
     """In a process of its own, executed as a string, for sm_90, any warning an error; then its library is loaded."""
     (tmp_path / "model.py").write_text(emit())
     for name in ("c10_cuda", "torch_cuda"):  # torch has none on a machine without a GPU
         (tmp_path / f"lib{name}.a").write_bytes(build.EMPTY_ARCHIVE)
-    home = build.cuda_home()
+    home = toolchain.cuda_home()
     runtime = next(path for path in home.glob("**/libcudart.so") if "stubs" not in path.parts)
     code = (
         "import ctypes, sys, torch\n"

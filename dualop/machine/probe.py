@@ -140,31 +140,28 @@ STEPS: dict[str, Callable[[], Any]] = {
 
 
 @dataclass(frozen=True)
-class Tool:
-    """Describe a program that builds need.
-
-    `path` is None where it is missing, and `problem` says why it does not answer.
-    """
+class FoundTool:
+    """Hold what a compiler answers: `path` is None where it is missing; `problem` says why it does not answer."""
 
     path: Path | None
     version: str = ""
     problem: str = ""
 
 
-def tool(find: Callable[[], Path | None]) -> Tool:
+def tool(find: Callable[[], Path | None]) -> FoundTool:
     """Ask the program that `find` finds for its version."""
     try:
         path = find()
     except Exception as error:  # CXX may hold what no shell would read
-        return Tool(None, problem=str(error))
+        return FoundTool(None, problem=str(error))
     if path is None:
-        return Tool(None)
+        return FoundTool(None)
     status, out, err = run([str(path), "--version"], TOOL_SECONDS)
     if status != 0:
-        return Tool(path, problem=next(iter((err or out).strip().splitlines()), f"exit status {status}"))
+        return FoundTool(path, problem=next(iter((err or out).strip().splitlines()), f"exit status {status}"))
     # nvcc says "release 13.0, V13.0.88", g++ "g++ (Debian 12.2.0-14) 12.2.0", ninja just "1.11.1".
     version = re.search(r"release (\d+(?:\.\d+)+)", out) or re.search(r"(?:^|\s)(\d+(?:\.\d+)+)", out)
-    return Tool(path, version[1] if version else "")
+    return FoundTool(path, version[1] if version else "")
 
 
 def nvidia_smi() -> list[dict[str, str]]:
