@@ -123,13 +123,11 @@ def verdicts(
             continue
         for quantity, value in found.items():
             direction = FORWARD if quantity == "y" else BACKWARD
-            expected = exact[quantity]
-            allowed = expected.tolerance(quantity, name, value.dtype, sample.gy.dtype)
-            result = check.compare(value, expected.value, allowed, expected.scale, expected.unsettled)
+            result = exact[quantity].judge(value, name)
             worst[direction] = max(worst[direction], result.max_ulp)
             # Eager and torch.compile round between the stages: their error is shown, not judged.
             if name in BACKENDS and not result.ok:
-                wrong[direction] = f"wrong: {quantity}{list(result.where or ())} is {result.note}"
+                wrong[direction] = f"wrong: {quantity}{list(result.where or ())} is {result.note()}"
         judged[name] = Verdict(worst, wrong)
         del found
     return judged

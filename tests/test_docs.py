@@ -131,7 +131,6 @@ NO_IMPERATIVE = re.compile(
 TO_BE_REWRITTEN = (
     "dualop/language/",
     "dualop/linear.py",
-    "dualop/numerics/exact.py",
 )
 SOURCES = [
     path

@@ -8,7 +8,7 @@ import torch
 import dualop
 from dualop.language.stages import STAGES
 from dualop.numerics.cases import DEFAULT_CHAIN
-from dualop.numerics.exact import exact
+from dualop.numerics.truth import exact
 
 mpmath = pytest.importorskip("mpmath")  # torch brings it along
 mp = mpmath.mp

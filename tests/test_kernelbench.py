@@ -20,7 +20,8 @@ from torch import Tensor
 import dualop
 from dualop.backends.reference import evaluate
 from dualop.language.stages import STAGES
-from dualop.numerics.check import poisoned, spacing
+from dualop.numerics.check import poisoned
+from dualop.numerics.ulp import spacing
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU and not INTERPRETED else []
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

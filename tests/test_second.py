@@ -146,6 +146,7 @@ WAVE: dict[str, Any] = {
     "reference": torch.sin,
     "gradient": lambda g, z: g * z.cos(),
     "example": "wave",
+    "kinks": (),
 }
 
 
@@ -178,6 +179,7 @@ def test_a_stage_that_says_nothing_of_its_second_derivative_is_refused(says: dic
         ({"range": EVERYTHING, "reference": None}, "reference"),
         ({"range": EVERYTHING, "gradient": None}, "gradient"),
         ({"range": EVERYTHING, "exact": None}, "float64"),
+        ({"range": EVERYTHING, "kinks": None}, "kinks"),
         ({"range": EVERYTHING, "operand": True}, "number="),
         ({"range": EVERYTHING, "number": 1.0}, "no number="),
     ],

@@ -162,7 +162,7 @@ def truth(op: Chain, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 # ---- the inputs ------------------------------------------------------------------------------------------------------
 
-KINKS = (0.0, 0.25, 0.5, 0.75, 1.0, 3.0, 6.0, 20.0)
+KINKS = sorted({0.0, 0.25, *(abs(kink) for stage in STAGES.values() for kink in stage.kinks or ())})
 
 
 @lru_cache(maxsize=None)

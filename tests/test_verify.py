@@ -15,10 +15,9 @@ from dualop.backends.reference import Reference
 from dualop.backends.registry import BACKENDS
 from dualop.errors import DtypeError, OperandError
 from dualop.numerics import verify as verification
-from dualop.numerics import verify_table
-from dualop.numerics.cases import DEFAULT_CHAIN, DTYPES
-from dualop.numerics.exact import exact
-from dualop.numerics.sweep import SAMPLED_STRIDE, Sweep, bits_text
+from dualop.numerics.cases import DEFAULT_CHAIN, DTYPES, SAMPLED_STRIDE, Sweep
+from dualop.numerics.truth import exact
+from dualop.numerics.ulp import bits_text
 from dualop.numerics.verify import EXCUSES, Excuse, Row, verify
 
 CPU = torch.device("cpu")
@@ -182,15 +181,15 @@ def test_scale_is_the_largest_over_ordinary_inputs(found):
 
 def test_the_reference_is_shown_and_not_judged():
     rows = verify(dualop.chain("tanh"), ["float32"], ["reference"], CPU, SAMPLED_STRIDE)
-    assert rows[1].problem and rows[1].ok and "not judged" in verify_table.verdict(rows[1])
+    assert rows[1].problem and rows[1].ok and "not judged" in rows[1].verdict
 
 
 def test_an_excuse_has_a_bound(found, monkeypatch):
     off = lambda x, y: torch.where(x.float() == 5.0, y + 2.0**-4, y)  # two ulps
-    monkeypatch.setitem(EXCUSES, ("relu", "bfloat16", "forward"), Excuse(2.5, "a reason"))
+    monkeypatch.setitem(EXCUSES, "relu", {("bfloat16", "forward"): Excuse(2.5, "a reason")})
     (row, _) = found("relu", "bfloat16", spoil=off)
-    assert row.problem and row.ok and "a reason" in verify_table.verdict(row)
-    monkeypatch.setitem(EXCUSES, ("relu", "bfloat16", "forward"), Excuse(1.5, "a reason"))
+    assert row.problem and row.ok and "a reason" in row.verdict
+    monkeypatch.setitem(EXCUSES, "relu", {("bfloat16", "forward"): Excuse(1.5, "a reason")})
     assert not found("relu", "bfloat16", spoil=off)[0].ok
 
 
@@ -203,7 +202,7 @@ def judged(text, x, actual):
     row = Row(text, "float32", "right", "forward", limit=4.0, scale=1.0, inputs=0, sampled=False, interpreted=False)
     truth = lambda x: exact(op, x, ())
     right = truth(x.double())[0]
-    verification._add(row, x, actual, right, torch.ones_like(x, dtype=torch.bool), truth)
+    row.add(x, actual, right, torch.ones_like(x, dtype=torch.bool), truth)
     return row
 
 
@@ -224,7 +223,7 @@ def test_a_steep_slope_is_no_jump():
     off = exact(dualop.chain("exp"), x.double() * (1 + 2.0**-22), ())[0].float()
     row = Row("exp", "float32", "right", "forward", limit=4.0, scale=1.0, inputs=0, sampled=False, interpreted=False)
     truth = lambda x: exact(dualop.chain("exp"), x, ())
-    verification._add(row, x, off, truth(x.double())[0], torch.ones(1, dtype=torch.bool), truth)
+    row.add(x, off, truth(x.double())[0], torch.ones(1, dtype=torch.bool), truth)
     assert row.beyond == 1 and row.max_ulp > 100
 
 

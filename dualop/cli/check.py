@@ -24,8 +24,8 @@ def check(
     import dualop
     from dualop.backends.base import Planned
     from dualop.backends.registry import prepare
-    from dualop.numerics import cases, check_table
-    from dualop.numerics import check as checks
+    from dualop.numerics import cases, report
+    from dualop.numerics.check import Row, cross_check
 
     seed = secrets.randbelow(2**31) if seed is None else seed
     todo = [(chain, cases.CASES)] if chain else cases.checked_chains()
@@ -37,17 +37,15 @@ def check(
     samples = [(op, cases.sample(op, case, name, device, seed)) for op, case, name in calls]
     where = "interpreted on the CPU" if device.type == "cpu" else "on the GPU"
     out.print(f"{len(samples)} calls of {', '.join(names)} {where}, seed {seed}; new kernels are compiled first")
-    rows: list[checks.Row] = []
+    rows: list[Row] = []
     with output.bars(out) as bar:
         prepare(names, [Planned.of(op, s.x, s.operands) for op, s in samples], bar("compiling"))
         step = bar("checking")
         for i, (op, s) in enumerate(samples):
-            rows += checks.cross_check(op, s, names)
+            rows += cross_check(op, s, names)
             step(i + 1, len(samples))
     ok = all(row.ok for row in rows)
-    out.print(check_table.summary(rows, by_quantity=bool(chain)))
-    if not ok:
-        out.print(check_table.mismatches(rows))
+    out.print(*report.checked(rows, by_quantity=bool(chain)), sep="\n")
     out.print(
         f"{'ok' if ok else 'MISMATCH'}: {', '.join(names)} {where}, {len(samples)} calls, {len(rows)} comparisons, "
         f"seed {seed}",
@@ -55,6 +53,6 @@ def check(
         highlight=False,
     )
     about = {"ok": ok, "seed": seed, "device": str(device), "unavailable": unavailable}
-    output.write(json_file, {**about, "rows": [vars(row) for row in rows]})
+    output.write(json_file, {**about, "rows": report.as_json(rows)})
     if not ok:
         raise typer.Exit(1)

@@ -44,19 +44,20 @@ def verify(
     from dualop.backends.registry import prepare
     from dualop.bench.table import device_info
     from dualop.language.stages import STAGES
-    from dualop.numerics import sweep, verify_table
-    from dualop.numerics.verify import Row
-    from dualop.numerics.verify import verify as verified
+    from dualop.numerics import cases, report
+    from dualop.numerics import verify as numbers
 
-    texts = [*(chain or []), *(stage.example for stage in STAGES.values() if all_stages)]
-    texts += ['gelu(approximate="tanh")'] if all_stages else []
-    texts += [DEFAULT_CHAIN] if all_stages or not chain else []
+    texts = [*(chain or [])]
+    if all_stages:
+        texts += [*(stage.example for stage in STAGES.values()), 'gelu(approximate="tanh")']
+    if all_stages or not chain:
+        texts.append(DEFAULT_CHAIN)
     chains = list(dict.fromkeys(map(dualop.chain, texts)))
-    numbers, dtypes = _numbers(operand or []), options.dtypes(dtype)
-    if unknown := [name for name in numbers if not any(name in op.operands for op in chains)]:
+    given, dtypes = _numbers(operand or []), options.dtypes(dtype)
+    if unknown := [name for name in given if not any(name in op.operands for op in chains)]:
         raise typer.BadParameter(f"no chain takes {', '.join(unknown)}", param_hint="--operand")
     names, unavailable = options.backends(backend, chains[0], device)
-    stride = stride if stride is not None else 1 if device.type == "cuda" else sweep.SAMPLED_STRIDE
+    stride = stride if stride is not None else 1 if device.type == "cuda" else cases.SAMPLED_STRIDE
     if stride < 1 or stride & (stride - 1) or stride > 2**16:
         raise typer.BadParameter(f"{stride} is no power of two up to 65536", param_hint="--stride")
     out = output.console()
@@ -64,27 +65,24 @@ def verify(
     where = "on the GPU" if device.type == "cuda" else "interpreted on the CPU"
     sampled = f"; float32 is sampled, every {stride:,}th number" if stride > 1 else ""
     out.print(f"{', '.join(names)} {where}{sampled}", highlight=False)
-    rows: list[Row] = []
+    rows: list[numbers.Row] = []
     start = time.monotonic()
     with output.bars(out) as bar:
-        prepare(names, sweep.calls(chains, dtypes, device), bar("compiling"))
+        prepare(names, numbers.planned(chains, dtypes, device), bar("compiling"))
         for i, op in enumerate(chains, 1):
             step = bar(f"{i} of {len(chains)}: {op}")
-            own = {name: number for name, number in numbers.items() if name in op.operands}
-            found = verified(op, dtypes, names, device, stride, own, step)
-            out.print(verify_table.render(found))
+            own = {name: number for name, number in given.items() if name in op.operands}
+            found = numbers.verify(op, dtypes, names, device, stride, own, step)
+            out.print(report.verified(found))
             rows += found
-    seconds = time.monotonic() - start
-    ok = all(row.ok for row in rows)
-    for text in dict.fromkeys(map(verify_table.how, rows)):
+    seconds, machine, ok = time.monotonic() - start, device_info(device), all(row.ok for row in rows)
+    for text in report.coverage(rows):
         out.print(text, highlight=False)
-    said = f"{verify_table.summary(rows)}, {seconds:.0f} s"
-    out.print(said, style="green" if ok else "red", highlight=False)
-    machine = device_info(device)
+    out.print(f"{report.summary(rows)}, {seconds:.0f} s", style="green" if ok else "red", highlight=False)
     about = {"ok": ok, "device": machine, "unavailable": unavailable, "seconds": round(seconds, 1)}
-    output.write(json_file, {**about, "rows": verify_table.as_json(rows)})
-    command = shlex.join(["dualop", *sys.argv[1:]])
-    output.write(markdown, verify_table.markdown(rows, command, machine, seconds), "--markdown")
+    output.write(json_file, {**about, "rows": report.as_json(rows)})
+    page = report.markdown(rows, shlex.join(["dualop", *sys.argv[1:]]), machine, seconds)
+    output.write(markdown, page, "--markdown")
     if not ok:
         raise typer.Exit(1)
 

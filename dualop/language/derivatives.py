@@ -58,10 +58,16 @@ def clamp_gradient(gy: Tensor, z: Tensor, low: float, high: float) -> Tensor:
     return kept(above & below, gy)
 
 
-def extremum(gy: Tensor, z: Tensor, b: Tensor | float, loses: Callable[[Any, Any], Tensor]) -> tuple[Tensor, Tensor]:
-    """The gradients of z and b for minimum and maximum: each side of a tie gets half."""
-    share = torch.where(z == b, gy / 2, gy)
-    return kept(~loses(z, b), share), kept(~loses(-z, -b), share)
+def extremum(
+    choose: Callable[[Tensor, Tensor], Tensor], loses: Callable[[Any, Any], Tensor]
+) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """Return torch's minimum or maximum and its gradients of z and b: each side of a tie gets half."""
+
+    def gradient(gy: Tensor, z: Tensor, b: Tensor | float) -> tuple[Tensor, Tensor]:
+        share = torch.where(z == b, gy / 2, gy)
+        return kept(~loses(z, b), share), kept(~loses(-z, -b), share)
+
+    return lambda z, b: choose(z, like(z, b)), gradient
 
 
 # aten's silu_backward, mish_backward and hardsigmoid_backward cannot be differentiated again.
@@ -75,9 +81,9 @@ def mish_gradient(gy: Tensor, z: Tensor) -> Tensor:
     return gy * (t + z * torch.sigmoid(z) * (1 - t * t))
 
 
-def hardswish_gradient(gy: Tensor, z: Tensor) -> Tensor:
-    """The gradient without torch's constants rounded to float32; at the kinks as torch has it."""
-    return torch.where(z.abs() < 3, gy * (z / 3 + 0.5), torch.ops.aten.hardswish_backward(gy, z))
+def hardsigmoid(z: Tensor) -> Tensor:
+    """Return hardsigmoid(z) without torch's constants rounded to float32; its autograd has torch's values at kinks."""
+    return torch.where(z.abs() >= 3, (z > 0).to(z.dtype), (z + 3) / 6)
 
 
 # ---- second derivatives ----------------------------------------------------------------------------------------------

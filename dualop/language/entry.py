@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dualop.errors import ChainError
-from dualop.language.ranges import Interval, Range
+from dualop.language.ranges import EVERYTHING, Interval, Range
 
 Argument = float | str
 # The largest float32, and where rounding to float32 begins to give infinity.
@@ -41,16 +41,11 @@ class Parameter:
     words: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Exact:
-    """A stage in float64 where torch computes with constants rounded to float32: the definition, and its gradient
+class Excuse(NamedTuple):
+    """Say why `dualop verify` allows an error of up to `ulp` ulps, beyond its limit or worse than eager's."""
 
-    (None: the stage's own is exact). `torch_is_off`: how many ulps torch's float64 gradient is off.
-    """
-
-    reference: Callable[..., Tensor]
-    gradient: Callable[..., Any] | None = None
-    torch_is_off: float = 0.0
+    ulp: float
+    why: str
 
 
 class SameAsReference(Enum):
@@ -73,7 +68,12 @@ class Stage:
     `second(z, *arguments)` is the second derivative by z in torch's differentiable functions, for an operand stage
     beside a number; PIECEWISE_LINEAR says that it is zero wherever it exists. An entry must give one of the two.
     `range` is the interval of the output, or a function of the input's (low, high, *arguments) that gives it;
-    EVERYTHING says that nothing is known. `exact` is the truth in float64 that `dualop verify` measures by.
+    EVERYTHING says that nothing is known.
+    `exact(z, *arguments)` is the definition in float64, with the gradient by torch's autograd, of a stage that torch
+    computes there with constants rounded to float32. `dualop check` and `dualop verify` measure by it.
+    `kinks` are the inputs around which the stage in `example` has no derivative or changes its formula, () if there are
+    none. `dualop check` tries them all, so each must be a number of every dtype. An entry must give them.
+    `excuses` says by dtype and by "forward" or "gradient" where `example` may exceed the limits of `dualop verify`.
     `number` is what an operand stage takes in `dualop verify`: 0 leaves x as it is, where that does not, a number of
     every dtype with which products and quotients have to be rounded.
     `example` is a chain of this stage alone that tests and benchmarks use. `problem(*arguments)` says what is wrong
@@ -89,7 +89,9 @@ class Stage:
     aliases: tuple[str, ...] = ()
     second: Callable[..., Tensor] | PiecewiseLinear | None = field(default=None, kw_only=True)  # None is refused
     range: Range | Interval | None = field(default=None, kw_only=True)  # None is refused
-    exact: Exact | SameAsReference = field(default=SAME_AS_REFERENCE, kw_only=True)
+    exact: Callable[..., Tensor] | SameAsReference = field(default=SAME_AS_REFERENCE, kw_only=True)
+    kinks: tuple[float, ...] | None = field(default=None, kw_only=True)  # None is refused
+    excuses: Mapping[tuple[str, str], Excuse] = field(default_factory=dict, kw_only=True)
     operand: bool = False
     number: float | None = None  # of an operand stage None is refused
     problem: Callable[..., str | None] = lambda *arguments: None
@@ -105,9 +107,15 @@ class Stage:
         for what in ("reference", "gradient"):
             if not callable(getattr(self, what)):
                 raise ChainError(f"stage {self.name!r} does not say what its {what} is: give {what}=f(...) in torch")
-        if not isinstance(self.exact, (Exact, SameAsReference)):
+        if not callable(self.exact) and self.exact is not SAME_AS_REFERENCE:
             raise ChainError(
-                f"stage {self.name!r} does not say what it is in float64: give exact=Exact(...) or SAME_AS_REFERENCE"
+                f"stage {self.name!r} does not say what it is in float64: give exact=f(z, *arguments) "
+                "or SAME_AS_REFERENCE"
+            )
+        if self.kinks is None:
+            raise ChainError(
+                f"stage {self.name!r} does not say where its kinks are: give kinks=(...), the inputs where it has no "
+                "derivative or changes its formula, or kinks=() if it is smooth"
             )
         if not callable(self.range) and not _is_interval(self.range):
             raise ChainError(
@@ -152,6 +160,24 @@ class Stage:
             return f"{self.name}(operand)"
         shown = [p.name if p.default is None else f"{p.name}={argument_text(p.default)}" for p in self.parameters]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+def operand_stage(
+    name: str, reference: Callable[..., Tensor], gradient: Callable[..., tuple[Tensor, Tensor]], number: float
+) -> Stage:
+    """Return the entry of an operand stage that is piecewise linear in z and of whose output nothing is known."""
+    return Stage(
+        name,
+        reference,
+        gradient,
+        name,
+        (Parameter("operand", name),),
+        second=PIECEWISE_LINEAR,
+        range=EVERYTHING,
+        kinks=(),  # those of minimum and maximum are where z is the operand: `check` puts zeros into both
+        operand=True,
+        number=number,
+    )
 
 
 def _is_interval(said: object) -> bool:

@@ -1,10 +1,10 @@
-"""Make the inputs of the cross-check: shapes, forms of operands, layouts in memory, special values."""
+"""Make the inputs: samples of many shapes and layouts for `dualop check`, every number for `dualop verify`."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,12 @@ from torch import Tensor
 
 from dualop.language.stages import STAGES
 from dualop.language.syntax import Chain
+from dualop.numerics.ulp import INTEGERS
 
 DEFAULT_CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
 # Several operands, one used twice, a number, the input itself. The default chain never reaches its clamp; these do.
 FORMS = (
     "add(bias) | clamp(-1, 1) | mul(scale) | tanh | mul(2)",
@@ -24,13 +28,10 @@ FORMS = (
     "softplus(2, 10) | threshold(1, -3) | elu(0.5) | celu(2)",
 )
 
-# Kinks of the stages (and a value on each side), zeros of both signs, what overflows, what is no number. All of them
-# exist in every dtype.
-KINKS = (0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 6.0, 0.75, 0.25, 20.0)
+# Kinks of the stages, zeros of both signs, what overflows, what is no number. All of them exist in every dtype.
+KINKS = sorted({kink for stage in STAGES.values() for kink in stage.kinks or ()} - {0.0})
 LARGE = (100.0, -100.0, 1e4, -1e4, 2.0**-14, -(2.0**-14))
-SPECIAL = (*KINKS, *(torch.tensor(LARGE).bfloat16().double().tolist()), torch.inf, -torch.inf, torch.nan)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SPECIAL = (0.0, -0.0, *KINKS, *(torch.tensor(LARGE).bfloat16().double().tolist()), torch.inf, -torch.inf, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,56 @@ def sample(chain: Chain, case: Case, dtype: str, device: torch.device | str, see
     gy = arranged(normal(result.shape).to(result), case.gradient)
     mixed = f", {str(case.mixed).removeprefix('torch.')} operands" if case.mixed else ""
     return Sample(x, tuple(operands), gy, dtype, case.name + mixed)
+
+
+# ---- every number ----------------------------------------------------------------------------------------------------
+
+SWEPT = ("float32", "bfloat16", "float16")  # float64 has too many
+COLUMNS = 8192  # inputs lie in rows of so many, operands along them
+MOST_AT_ONCE = 2**26
+SAMPLED_STRIDE = 2**14  # of float32 where kernels are interpreted
+
+
+@dataclass
+class Sweep:
+    """Describe all numbers of a dtype, NaN and infinities included, in pieces that fit into memory.
+
+    They are the inputs of a chain of `stages` stages. `stride` (a power of two) takes every so many-th float32 only.
+    """
+
+    device: torch.device
+    stride: int
+    stages: int
+    at_once: int = MOST_AT_ONCE
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            # In float64: an input of every stage and its gradient, and the temporaries of a comparison.
+            while self.at_once * 8 * (3 * self.stages + 32) > free and self.at_once > COLUMNS:
+                self.at_once //= 2
+
+    def stride_of(self, dtype: str) -> int:
+        return self.stride if dtype == "float32" else 1
+
+    def count(self, dtype: str) -> int:
+        return 2 ** (8 * DTYPES[dtype].itemsize) // self.stride_of(dtype)
+
+    def pieces(self, dtype: str) -> int:
+        """Return how many tensors `inputs` yields."""
+        return -(-self.count(dtype) // self.at_once)
+
+    def shape(self, dtype: str) -> tuple[int, int]:
+        """Return the shape of a tensor that `inputs` yields."""
+        return min(self.count(dtype), self.at_once) // COLUMNS, COLUMNS
+
+    def inputs(self, dtype: str) -> Iterator[Tensor]:
+        """Yield tensors of rows of COLUMNS, on the device: from -0 down to the negative NaNs, then from 0 up.
+
+        With a stride, the lower bits of the float32 numbers differ from one number to the next.
+        """
+        stride, count, size = self.stride_of(dtype), self.count(dtype), DTYPES[dtype].itemsize
+        for start in range(0, count, self.at_once):
+            i = torch.arange(start, min(start + self.at_once, count), device=self.device)
+            bits = i * stride + i * 7919 % stride - 2 ** (8 * size - 1)
+            yield bits.to(INTEGERS[size]).view(DTYPES[dtype]).view(-1, COLUMNS)

@@ -1,7 +1,10 @@
-"""Define the right result, and how far from it a backend may be.
+"""Define the right result of a chain, and how far from it a backend may be.
 
-The truth is `reference.evaluate` on the exact upcast of the inputs to float64, and its autograd gradients, term by
-term, so that the error of a sum can be judged by what was summed.
+The truth is each stage's definition, one after the other, on the exact upcast of the inputs to float64, and its
+gradients by torch's autograd. Stages that torch computes in float64 with constants rounded to float32 have a definition
+of their own for it (`Stage.exact`). Some formulas of torch cancel (1 - tanh^2, 1 + erf): their error is a few times
+1e-16 of what cancels. An ulp is that of no less than a thousandth of the largest result, so that this counts for less
+than 1e-3 of a float32 ulp as long as what cancels is no more than a hundred times as large as the largest result.
 
 Elements where torch itself has no answer are not judged: its gradients at NaN and infinity depend on whether its
 vectorised loop or the loop's tail computed the element (hardtanh, elu), and some of its functions overflow in float32
@@ -10,133 +13,137 @@ on the way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dualop.backends.reference import evaluate
 from dualop.backends.registry import BACKENDS
-from dualop.language.entry import Exact
+from dualop.language.stages import Call
 from dualop.language.syntax import Chain
 from dualop.numerics.cases import SPECIAL, Sample
+from dualop.numerics.ulp import Comparison, compare, largest
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Hold the ulps allowed at an element: `ulp` of its own, plus `of_scale` times one of S."""
-
-    ulp: float
-    of_scale: float = 0.0
-
-
-# By the dtype of the quantity: for the result, for an element's gradient.
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+# The ulps allowed at an element, of its own and of S, for a result and for an element's gradient.
 # 16 bits: float32 arithmetic leaves the final rounding, half an ulp, and a little for fast functions.
-# float32: every stage rounds, and a chain multiplies the error of its early stages by the slope of the later ones. A
-# gradient that crosses zero (that of swish at -1.28) is a difference of larger terms, whose rounding stays behind.
-# float64: as float32, but there torch's own formulas are the truth, and those cancel in the tails (1 - tanh^2,
-# 1 + erf): their errors are a few ulps of the largest intermediate value.
-TOLERANCE = {
-    torch.float16: (Tolerance(1), Tolerance(1)),
-    torch.bfloat16: (Tolerance(1), Tolerance(1)),
-    torch.float32: (Tolerance(16, 0.25), Tolerance(32, 0.5)),
-    torch.float64: (Tolerance(16, 16), Tolerance(32, 64)),
-}
-# Of backends that have torch's formulas, which cancel likewise in float32; rounding to 16 bits hides most of it.
-CANCELLING = {
-    torch.float32: TOLERANCE[torch.float64],
-    torch.float16: (Tolerance(1, 2.0**-9), Tolerance(1, 2.0**-7)),
-    torch.bfloat16: (Tolerance(1, 2.0**-12), Tolerance(1, 2.0**-10)),
-    torch.float64: TOLERANCE[torch.float64],
-}
+# float32, float64: every stage rounds, and a chain multiplies the error of its early stages by the slope of the later
+# ones. A gradient that crosses zero (that of swish at -1.28) is a difference of larger terms, whose rounding stays
+# behind in float32.
+OWN = {torch.float16: (1, 1), torch.bfloat16: (1, 1), torch.float32: (16, 32), torch.float64: (16, 32)}
+OF_SCALE = {torch.float16: (0.0, 0.0), torch.bfloat16: (0.0, 0.0), torch.float32: (0.25, 0.5)}
+# torch's formulas cancel in the tails, with errors of a few ulps of the largest intermediate value. So many of S are
+# allowed to a backend that has these formulas, and to all in float64, since the truth has them there.
+CANCELLED = (16, 64)
+SMALLEST = 1e-150  # a divisor whose square is a number, too
 
 
-def largest(exact: Tensor, ordinary: Tensor | None = None) -> float:
-    """Return S: the largest finite magnitude in `exact`, over the `ordinary` elements if there are any."""
-    finite = exact.isfinite()
-    if ordinary is not None and bool((finite & ordinary).any()):
-        finite = finite & ordinary
-    return exact.abs().masked_fill(~finite, 0.0).max().item() if exact.numel() else 0.0
+def differentiated(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], gy: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return `function(*tensors)` and, under `gy` (None: ones), the gradients of those tensors that require them."""
+    with torch.enable_grad():
+        y = function(*tensors)
+    leaves = [t for t in tensors if t.requires_grad]
+    gradients = torch.autograd.grad(y, leaves, torch.ones_like(y) if gy is None else gy, materialize_grads=True)
+    return y.detach(), gradients
+
+
+def eager(chain: Chain) -> Callable[..., Tensor]:
+    """Return a function of x and the operands: the chain in eager mode, in the tensors' own dtypes."""
+    return lambda x, *operands: evaluate(chain, x, operands)
+
+
+@lru_cache(maxsize=64)
+def precise(chain: Chain) -> Chain:
+    """Return the chain for float64, where torch's own constants are float32's."""
+    stages = [(c, c.stage.exact) for c in chain.calls]
+    return Chain(tuple(Call(replace(c.stage, reference=e), c.arguments) if callable(e) else c for c, e in stages))
+
+
+def exact(chain: Chain, x: Tensor, operands: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the chain at x and its derivative by x, both of x's shape; everything is float64."""
+    y, (slope,) = differentiated(eager(precise(chain)), (x.detach().requires_grad_(), *operands))
+    return y, slope
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Hold a quantity's exact value (float64), its S, where it is unsettled, and the parts of its tolerance.
+    """Hold the exact value of a result or gradient (float64), its S, where it is unsettled, and what it is summed from.
 
-    The parts are in ulps of the element: what one ulp of each of its terms comes to (`terms`: 1 if it is no sum), what
-    one ulp of S in each comes to (`scales`), and what adding them up in the accumulator's dtype costs (`adding`, in its
-    ulps). Errors of many terms are as often up as down: their root mean square counts, four times over, but never more
-    than their sum.
+    `sizes` are the magnitudes of its terms, at least S / 1024 of theirs, which is `term_scale`; it may be its own term.
+    `computed` is the dtype of the chain's result, which says in which dtype kernels calculate. `rounded` says that
+    torch's own formulas have constants rounded to float32.
     """
 
     value: Tensor
     scale: float
     unsettled: Tensor
-    terms: Tensor
-    scales: Tensor
-    adding: Tensor
-    inexact: Tolerance | None = None
+    sizes: Tensor
+    term_scale: float
+    gradient: bool
+    computed: torch.dtype
+    rounded: bool
 
-    def tolerance(self, name: str, backend: str, dtype: torch.dtype, computed: torch.dtype) -> Tensor:
-        """Return the ulps of `dtype` that `backend` may be off, with kernels as accurate as `computed` needs."""
-        ulp = {d: torch.finfo(d).eps for d in TOLERANCE}
-        cancels = backend in BACKENDS and BACKENDS[backend].torch_formulas
-        coarse = max(dtype, computed, key=ulp.__getitem__)
-        result, gradient = (CANCELLING if cancels else TOLERANCE)[coarse]
-        if coarse == torch.float64:
-            gradient = self.inexact or gradient
-        allowed = result if name == "y" else gradient
-        accumulator = torch.float64 if computed == torch.float64 else torch.float32
-        term = (allowed.ulp * self.terms + allowed.of_scale * self.scales) * (ulp[coarse] / ulp[dtype])
-        return term + self.adding * (ulp[accumulator] / ulp[dtype])
+    def tolerance(self, backend: str, dtype: torch.dtype) -> Tensor:
+        """Return the ulps of `dtype` that `backend` may be off at each element."""
+        torch_formulas = backend in BACKENDS and BACKENDS[backend].torch_formulas
+        wide = torch.float64 if self.computed == torch.float64 else torch.float32
+        coarse = max(dtype, self.computed, key=EPS.__getitem__)
+        own = EPS[coarse] * OWN[coarse][self.gradient]
+        if torch_formulas or coarse == torch.float64:
+            of_scale = EPS[wide] * CANCELLED[self.gradient]
+        else:
+            of_scale = EPS[coarse] * OF_SCALE[coarse][self.gradient]
+        if torch_formulas and self.rounded and coarse == torch.float64:
+            own = of_scale = EPS[torch.float32]
+        sizes, unit, shape = self.sizes, _sizes(self.value, self.scale), self.value.shape
+        count, sums = sizes.numel() // max(1, shape.numel()), sizes.sum_to_size(shape)
+        # Errors of many terms are as often up as down: their root mean square counts, four times over, but never more
+        # than their sum.
+        spread = torch.minimum(sums, 4 * sizes.square().sum_to_size(shape).sqrt())
+        allowed = own * spread + of_scale * self.term_scale * min(count, 4 * count**0.5)
+        if count > 1:  # adding up rounds, and so does the end
+            allowed = allowed + own * unit + EPS[wide] * count**0.5 * sums
+        return (allowed / (EPS[dtype] * unit)).nan_to_num(1.0)
+
+    def judge(self, value: Tensor, backend: str) -> Comparison:
+        """Compare what `backend` has computed with the truth."""
+        return compare(value, self.value, self.tolerance(backend, value.dtype), self.scale, self.unsettled)
 
 
-def _differentiated(chain: Chain, sample: Sample, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Return y and the terms of every gradient in torch's own arithmetic, with each input at the result's shape."""
-    shape, device = sample.gy.shape, sample.gy.device
-    leaves = [t.to(device, dtype).expand(shape).clone().requires_grad_() for t in (sample.x, *sample.operands)]
-    with torch.enable_grad():
-        y = evaluate(chain, leaves[0], leaves[1:])
-    return y.detach(), list(torch.autograd.grad(y, leaves, sample.gy.to(dtype), materialize_grads=True))
+def _sizes(values: Tensor, scale: float) -> Tensor:
+    """Return the magnitudes whose ulps count: positive, since they divide, and numbers also where the value is NaN."""
+    return values.abs().clamp(min=max(scale / 1024, SMALLEST)).nan_to_num(torch.inf)
 
 
 def truth(chain: Chain, sample: Sample) -> dict[str, Truth]:
     """Return the exact `y` and the gradients `grad_x` and `grad_OPERAND` under `sample.gy`, from float64 arithmetic."""
-    y, terms = _differentiated(chain, sample, torch.float64)
-    wide = torch.float64 if sample.gy.dtype == torch.float64 else torch.float32
-    torchs, torchs_terms = _differentiated(chain, sample, wide)
+    gy, tensors = sample.gy, (sample.x, *sample.operands)
+
+    def in_dtype(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Give each input the result's shape: its gradient is then the terms of a sum, each with its own error."""
+        leaves = [t.to(gy.device, dtype).expand(gy.shape).clone().requires_grad_() for t in tensors]
+        return differentiated(function, leaves, gy.to(dtype))
+
+    y, terms = in_dtype(eager(precise(chain)), torch.float64)
+    eager_y, eager_terms = in_dtype(eager(chain), torch.float64 if gy.dtype == torch.float64 else torch.float32)
     x = sample.x.double().expand(y.shape)
     ordinary = torch.isin(x, torch.tensor(SPECIAL, dtype=x.dtype, device=x.device)).logical_not_() & x.isfinite()
-    off = max((c.stage.exact.torch_is_off for c in chain.calls if isinstance(c.stage.exact, Exact)), default=0.0)
-    inexact = Tolerance(off) if off else None
-    exact = {"y": _quantity(y, y.shape, ordinary, torchs.isnan() & ~y.isnan())}
-    for i, (name, tensor) in enumerate(zip(("x", *chain.operands), (sample.x, *sample.operands), strict=True)):
-        settled = x.isfinite() & torchs.isfinite() & torchs_terms[i].isfinite()
-        exact[f"grad_{name}"] = _quantity(terms[i], tensor.shape, ordinary, ~settled, inexact)
-    return exact
+    rounded = any(callable(c.stage.exact) for c in chain.calls)
 
+    def quantity(term: Tensor, shape: torch.Size, unsettled: Tensor, gradient: bool) -> Truth:
+        """Return the quantity that is the sum of `term` to `shape`."""
+        value, term_scale = term.sum_to_size(shape), largest(term, ordinary)
+        scale = term_scale if term.shape == shape else largest(value)
+        unsettled = unsettled.double().sum_to_size(shape) > 0
+        return Truth(value, scale, unsettled, _sizes(term, term_scale), term_scale, gradient, gy.dtype, rounded)
 
-def _quantity(
-    term: Tensor, shape: torch.Size, ordinary: Tensor, unsettled: Tensor, inexact: Tolerance | None = None
-) -> Truth:
-    """Return the quantity that is the sum of `term` to `shape`."""
-    scale = largest(term, ordinary)
-    # A tensor that is zero all over has no S, but needs a divisor; and a tolerance must be a number, also for NaN.
-    tiny = torch.finfo(torch.float64).tiny
-    size = term.abs().clamp(min=max(scale / 1024, tiny)).nan_to_num(torch.inf)
-    if term.shape == shape:
-        return Truth(term, scale, unsettled, torch.ones_like(size), scale / size, torch.zeros_like(size), inexact)
-    count = term.numel() // max(1, shape.numel())
-    value = term.sum_to_size(shape)
-    total = largest(value)
-    unit = value.abs().clamp(min=max(total / 1024, tiny)).nan_to_num(torch.inf)
-    sums, squares = size.sum_to_size(shape), size.square().sum_to_size(shape)
-    return Truth(
-        value,
-        total,
-        unsettled.double().sum_to_size(shape) > 0,
-        1 + (torch.minimum(sums, 4 * squares.sqrt()) / unit).nan_to_num(0.0),
-        min(count, 4 * count**0.5) * scale / unit,
-        (count**0.5 * sums / unit).nan_to_num(0.0),
-        inexact,
-    )
+    found = {"y": quantity(y, y.shape, eager_y.isnan() & ~y.isnan(), False)}
+    settled = x.isfinite() & eager_y.isfinite()
+    for name, tensor, own, eager_own in zip(("x", *chain.operands), tensors, terms, eager_terms, strict=True):
+        found[f"grad_{name}"] = quantity(own, tensor.shape, ~(settled & eager_own.isfinite()), True)
+    return found

@@ -83,7 +83,8 @@ class Call(ABC):
         """Return what the Function's backward returns. `needs` is ctx.needs_input_grad, the call's False in front."""
 
 
-@dataclass(frozen=True)
+# These are not frozen, since the Dynamo of torch 2.11 cannot trace how a frozen dataclass is made.
+@dataclass(eq=False)
 class Forward(Call):
     """Call `dualop::forward` with (x, *operands)."""
 
@@ -133,7 +134,7 @@ class Forward(Call):
         return self(batch_first(tensors, dims)).to(result_dtype(samples[0], samples[1:])), 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Backward(Call):
     """Call `dualop::backward` with (gy, x, *operands): the derivative of the forward op.
 
@@ -179,7 +180,7 @@ class Backward(Call):
         return (None, *[g if need else None for g, need in zip(derivative(tuple(cotangents)), needs[1:], strict=True)])
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ShortCall(Call):
     """Call a resolved backend with (x, *operands), checked and unobserved; C++ replays what is known of such calls."""
 
