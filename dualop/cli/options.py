@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +12,18 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from dualop.bench.workloads import Workload
+
 DEFAULT_CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
 
+Backends = Annotated[str, typer.Option("--backend", help="Those that `dualop doctor` lists, with commas, or all.")]
+Operand = Annotated[
+    str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
+]
+Shapes = Annotated[str, typer.Option("--shape", help="Several with commas (16384x8192; a small one on the CPU).")]
+Dtypes = Annotated[str, typer.Option("--dtype", help="Several with commas, or all.")]
+Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE, too.")]
-Backends = Annotated[str, typer.Option("--backend", help="cuda, triton, reference, several with commas, or all.")]
 
 
 def device() -> torch.device:
@@ -43,6 +52,21 @@ def backends(asked: str, chain: Any, device: torch.device) -> tuple[list[str], d
             raise BackendUnavailable(f"unknown backend {name!r}; there are {', '.join(BACKENDS)} and all")
         resolve(name, chain, device)
     return names, {}
+
+
+def workloads(op: Any, shapes: str, dtype: str, operand: str, device: torch.device, small: str) -> list[Workload]:
+    """Return a chain's workloads, every shape with every dtype; without a shape, 16384x8192, or `small` on the CPU."""
+    from dualop.bench.workloads import FORMS, Workload, parse_shape
+
+    require(operand, FORMS, "--operand")
+    sizes = [parse_shape(text) for text in (shapes or ("16384x8192" if device.type == "cuda" else small)).split(",")]
+    return [Workload(op, size, name, device, (operand,)) for size in sizes for name in dtypes(dtype)]
+
+
+def require(word: str, known: Iterable[str], option: str) -> None:
+    """Raise typer.BadParameter if the option's word is not known."""
+    if word not in known:
+        raise typer.BadParameter(f"{word!r} is none of {', '.join(known)}", param_hint=option)
 
 
 def dtypes(text: str) -> list[str]:

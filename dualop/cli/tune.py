@@ -8,21 +8,19 @@ from typing import Annotated
 import typer
 
 from dualop.cli import options, output
-from dualop.cli.options import DEFAULT_CHAIN, Json
+from dualop.cli.options import DEFAULT_CHAIN, Backends, Dtypes, Json, Operand, Seed, Shapes
 
 NO_GPU = "a search needs a GPU, and torch sees none; with DUALOP_INTERPRET=1 it times interpreted kernels"
 
 
 def tune(
-    backend: Annotated[str, typer.Option(help="cuda, triton, or both with a comma.")] = "cuda,triton",
+    backend: Backends = "all",
     chain: Annotated[str, typer.Option(help="What to search for.")] = DEFAULT_CHAIN,
-    shape: Annotated[str, typer.Option(help="Several with commas (16384x8192; on the CPU 8x64).")] = "",
-    dtype: Annotated[str, typer.Option(help="Several with commas, or all.")] = "float32,bfloat16",
-    operand: Annotated[
-        str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
-    ] = "last",
+    shape: Shapes = "",
+    dtype: Dtypes = "float32,bfloat16",
+    operand: Operand = "last",
     direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Search, and keep nothing.")] = False,
     forget: Annotated[bool, typer.Option("--forget", help="Only delete what was kept for this GPU.")] = False,
     json_file: Json = None,
@@ -48,20 +46,18 @@ def tune(
         registry.forget_launches()
         out.print("\n".join(f"deleted {file}" for file in files) or "nothing was kept", markup=False, highlight=False)
         return
-    if operand not in workloads.FORMS:
-        raise typer.BadParameter(f"{operand!r} is none of {', '.join(workloads.FORMS)}", param_hint="--operand")
     both = (workloads.FORWARD, workloads.BACKWARD)
-    if direction not in (*both, "both"):
-        raise typer.BadParameter(f"{direction!r} is none of {', '.join(both)}, both", param_hint="--direction")
+    options.require(direction, (*both, "both"), "--direction")
     op = dualop.chain(chain)
-    names, _ = options.backends(backend, op, device)
-    default = "16384x8192" if device.type == "cuda" else "8x64"
-    shapes, dtypes = [workloads.parse_shape(text) for text in (shape or default).split(",")], options.dtypes(dtype)
-    works = [workloads.Workload(op, size, name, device, (operand,)) for size in shapes for name in dtypes]
+    works = options.workloads(op, shape, dtype, operand, device, small="8x64")
+    asked_for, unavailable = options.backends(backend, op, device)
+    output.say_unavailable(out, unavailable)
+    choosing = lambda name: registry.BACKENDS[name].heuristic(op, works[0].layout, workloads.FORWARD) is not None
+    names = list(filter(choosing, asked_for))
+    if not names or (backend != "all" and names != asked_for):
+        fixed = ", ".join(name for name in asked_for if name not in names)
+        raise typer.BadParameter(f"{fixed or 'no backend'} has no launches to choose", param_hint="--backend")
     directions = both if direction == "both" else (direction,)
-    for name in names:
-        if registry.BACKENDS[name].heuristic(op, works[0].layout, workloads.FORWARD) is None:
-            raise typer.BadParameter(f"{name} has no launches to choose", param_hint="--backend")
     tasks = [tuning.Task(work, name, way) for work in works for name in names for way in directions]
     if device.type == "cpu":
         out.print("Interpreted kernels: these times say nothing about a GPU.", style="yellow")
