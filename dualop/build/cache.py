@@ -78,21 +78,13 @@ def found() -> tuple[Path, str]:
 @lru_cache(maxsize=8)
 def _of_user(variables: tuple[str | None, ...]) -> tuple[Path, str]:
     try:
-        path = _usual()
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dualop"
         if usable(path):
             return path, ""
         problem = f"{path} cannot be used"
-    except (RuntimeError, OSError, KeyError) as error:  # what platformdirs and pathlib raise for a user without a home
+    except (RuntimeError, OSError) as error:  # a user without a home; a working directory that was deleted
         problem = f"this user has no cache folder ({error})"
     return _private(problem), problem
-
-
-def _usual() -> Path:
-    try:
-        import platformdirs
-    except ImportError:  # a checkout on a machine where nothing can be installed
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualop"
-    return Path(platformdirs.user_cache_dir("dualop")).absolute()
 
 
 def _private(problem: str) -> Path:
