@@ -182,14 +182,14 @@ class Build:
     def _compile(self) -> None:
         """Compile in a new folder, because children of an earlier, killed build may still write into the old one."""
         try:
-            for left in self.folder.glob("build-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for stale in self.folder.glob("build-*"):
+                shutil.rmtree(stale, ignore_errors=True)
             source = self.folder / ("source.cpp" if self.host else "source.cu")
             source.write_text(self.source, "utf-8")
             work = staging = Path(tempfile.mkdtemp(prefix="build-", dir=self.folder))
         except OSError as error:
             raise cache.unwritable(error) from error
-        said, problem, failure = "", "", None
+        output, problem, failure = "", "", None
         try:
             work = _plain_folder(staging)
             built = self._made(work)
@@ -202,20 +202,20 @@ class Build:
             problem, failure = toolchain.cxx_problem(), error
             if isinstance(error, UnicodeError):
                 problem = f"error: a path is not in the encoding of the locale ({error}): set PYTHONUTF8=1\n"
-            said = f"{problem}{error}\n"
+            output = f"{problem}{error}\n"
         finally:
             with suppress(OSError):
-                said = said or (work / "nvcc.log").read_text("utf-8", "replace")
+                output = output or (work / "nvcc.log").read_text("utf-8", "replace")
             for folder in (work, staging):
                 shutil.rmtree(folder, ignore_errors=True)
         for temporary in (work / "main.cpp", work / "cuda.cu"):
-            said = said.replace(str(temporary), str(source))
+            output = output.replace(str(temporary), str(source))
         with suppress(OSError):  # a full disk must not hide the error
-            self.log.write_text(said, "utf-8", "surrogateescape")
+            self.log.write_text(output, "utf-8", "surrogateescape")
         if os.environ.get("DUALOP_VERBOSE", "") not in ("", "0"):
-            print(f"{self.log}:\n{said}", file=sys.stderr)
+            print(f"{self.log}:\n{output}", file=sys.stderr)
         if failure is not None:
-            first = first_error(problem or said)
+            first = first_error(problem or output)
             raise BuildError(f"{first}\n(compiling {source}; the whole log: {self.log})", self.log, first) from failure
 
     def _made(self, work: Path) -> Path:
@@ -268,8 +268,8 @@ def _prepared(work: Path, cuda: Path | None, arch_list: str = "") -> Iterator[li
         if not nvcc or KEEPER in nvcc:  # the latter is from a process that was building when it started this one
             nvcc = shlex.quote(str(cuda / "bin" / "nvcc"))
         keeper = work / KEEPER  # load_inline discards the output of a successful compiler
-        said = f'{nvcc} "$@" >nvcc.log 2>&1\nstatus=$?\ncat nvcc.log\nexit $status\n'
-        keeper.write_text(said, "utf-8", "surrogateescape")
+        wrapped = f'{nvcc} "$@" >nvcc.log 2>&1\nstatus=$?\ncat nvcc.log\nexit $status\n'
+        keeper.write_text(wrapped, "utf-8", "surrogateescape")
         changes["PYTORCH_NVCC"] = f"sh {keeper}"
         for name in ("c10_cuda", "torch_cuda"):  # load_inline links against them, and a CPU-only torch has none
             (work / f"lib{name}.a").write_bytes(EMPTY_ARCHIVE)
