@@ -1,12 +1,12 @@
 """Find the folder where builds, generated Triton files and tuned launches are kept, or a substitute for it.
 
-    folder()            DUALOP_CACHE_DIR, else the user's cache folder, else a private temporary folder
-    found()             the same without a warning, for `dualop doctor`
-    write(path, text)   writes a file that other processes read: it is complete or not there
-    unwritable(error)   the error to raise when writing there failed
+    folder()            returns DUALOP_CACHE_DIR, else the user's cache folder, else a private temporary folder
+    found()             returns the same without a warning, for `dualop doctor`
+    write(path, text)   writes a file atomically: other processes see all of it or nothing
+    unwritable(error)   returns the error to raise when writing there failed
 
 A container may run as a user without a name and a home, or with the home of another user. Then the folder is
-`dualop-UID` in the folder for temporary files, for this user alone, and a warning says so once.
+`dualop-UID` in the folder for temporary files, for this user alone, and a warning says so once per process.
 """
 
 from __future__ import annotations
