@@ -139,7 +139,7 @@ def _models(
     if device.type == "cuda":  # an emitted file has no interpreted kernels
         for name, backend in EMITTED.items():
             if backend in backends:
-                model = imported(emit(model=f"linear:{ins}x{outs}", backend=backend, batch=batch))
+                model = imported(emit(model=f"linear:{ins}x{outs}", backend=backend, batch=batch, dtypes=(dtype,)))
                 models[name] = model.ModelNew(ins, outs, (outs,)).to(**where)
                 weights = models[EAGER].state_dict()
                 models[name].load_state_dict({k.replace("linear.", "matmul."): w for k, w in weights.items()})

@@ -32,6 +32,9 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int widt
     int lane = dualop::host::machine->lane(), source = lane ^ (lanes & 31);
     return dualop::host::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source);
 }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 template <class T> T __ldg(const T* address) {
     dualop::host::check_aligned(address, alignof(T));
     return *address;

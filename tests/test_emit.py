@@ -12,8 +12,6 @@ import contextlib
 import importlib.util
 import inspect
 import re
-import struct
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,18 +24,19 @@ from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 import dualop
-from dualop.backends import cuda, triton
+from dualop.backends import triton
 from dualop.backends.registry import BACKENDS as BACKENDS_OF_LIBRARY
 from dualop.build.build import Build
 from dualop.build.sources import cuda_header
+from dualop.emit import plan
 from dualop.emit.file import emit
-from dualop.launch.layout import ROW, WRAP, layout_of
+from dualop.launch.grid import multiprocessors
+from dualop.launch.layout import layout_of
 from dualop.nn import with_bias
 from dualop.triton_kernels import tile
 
 LOAD_INLINE = cpp_extension.load_inline
-PACK = struct.pack
-SUM_KERNEL = tile.sum_kernel
+CPU = torch.device("cpu")
 BACKENDS = ("cuda", "triton")
 SMALL = "linear:24x40"
 
@@ -64,7 +63,7 @@ class Model(nn.Module):
 
 def on_host(cuda: str) -> str:
     """CUDA text as the host compiles it."""
-    start, end = cuda.index("// ==== cuda/device.cuh"), cuda.index("// ==== cuda/types.cuh")
+    start, end = cuda.index("// ---- the GPU"), cuda.index("// ---- the functions of the chain")
     return cuda[:start] + cuda_header("platform.cuh", host=True) + cuda[end:]
 
 
@@ -99,7 +98,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device):
         if device.type == "cpu":
             from dualop.triton_kernels import platform
 
-            _, _, section = text.partition("# ---- triton_kernels/platform.py")
+            _, _, section = text.partition("# ---- platform")
             for name in re.findall(r"^def (\w+)", section.partition("# ---- ")[0], re.MULTILINE):
                 setattr(module, name, getattr(platform, name))
             module.libdevice = platform
@@ -251,89 +250,104 @@ def test_other_models(run, name: str, backend: str, device: torch.device) -> Non
 
 # ---- beside the library ----------------------------------------------------------------------------------------------
 
-VIEW = ("data", "div", "mod", "row_stride", "outer_stride", "gradient", "sum", "outer", "kept", "inner", "columns")
-HEAD = ("vector", "grid_x", "grid_y", "grid_z", "block_x", "block_y", "stream", "cols", "total",
-        "steps", "row_step", "col_step", "y", "gy")  # fmt: skip
-SUMMED = ("outer", "kept", "inner", "columns")
-
-
-def of_cuda(words: tuple[int, ...], kinds: Sequence[int]) -> dict[str, Any]:
-    """A launch's words without addresses and without what the kind of an input leaves out."""
-    views = [dict(zip(VIEW, words[start : start + 11])) for start in range(len(HEAD), len(words), len(VIEW))]
-    head = {k: v for k, v in zip(HEAD, words) if k not in ("stream", "y", "gy")}
-    return head | {"views": [of_view(view, kind) for view, kind in zip(views, kinds, strict=True)]}
-
-
-def of_view(view: dict[str, int], kind: int) -> dict[str, int]:
-    kept = [*(("div", "mod") if kind & WRAP else ()), *(("row_stride",) if kind & ROW else ())]
-    return {k: view[k] for k in (*kept, *(SUMMED if view["sum"] else ()))} | {
-        k: bool(view[k]) for k in ("gradient", "sum")
-    }
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
 
 class Recorder:
-    """Stands in for a Triton kernel: keeps its launches, without addresses, and what views do not use."""
+    """Stands in for a Triton kernel: keeps the numbers of its launches, and launches it."""
 
-    def __init__(self, kernel: Any, seen: list[Any]) -> None:
-        self.parameters, self.seen = list(inspect.signature(kernel.fn).parameters), seen
+    def __init__(self, kernel: Any, seen: list[dict[str, Any]]) -> None:
+        self.kernel, self.seen = kernel, seen
+        self.parameters = list(inspect.signature(kernel.fn).parameters)
 
     def __getitem__(self, grid: tuple[int, ...]):
-        return lambda *arguments, **named: self.seen.append(self.kept(arguments, named) | {"grid": grid})
+        def launch(*arguments: Any, **named: Any) -> Any:
+            numbers = {k: v for k, v in zip(self.parameters, arguments) if not isinstance(v, Tensor)}
+            self.seen.append({**numbers, **named, "grid": grid})
+            named = {k: v for k, v in named.items() if k in self.parameters}
+            return self.kernel[grid](*arguments, **named)
 
-    def kept(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-        numbers = {k: v for k, v in zip(self.parameters, arguments) if not isinstance(v, Tensor)}
-        return {k: v for k, v in {**numbers, **named}.items() if k not in UNUSED}
+        return launch
 
 
-UNUSED = [f"{name}{i}" for name in ("div", "mod") for i in range(5)]
+def of_library(backend: str, tail: dualop.Chain, inputs: list[Tensor], gy: Tensor) -> list[dict[str, Any]]:
+    """What the library decides about its launches in forward and backward."""
+    library, layout, found = BACKENDS_OF_LIBRARY[backend], layout_of(inputs[0], inputs[1:]), []
+    for needs in (None, (True,) * len(inputs)):
+        direction = "forward" if needs is None else "backward"
+        cut = library.chosen(tail, layout, direction)
+        tensors = (torch.empty_like(gy), *inputs) if needs is None else (gy, *inputs)
+        triton._launch.cache_clear()
+        with mock.patch.multiple(triton, INTERPRET=False, OPTIONS={"enable_fp_fusion": True}):
+            one = library.launch(tail, layout, needs, None, tensors)
+        triton._launch.cache_clear()
+        grid = one.grid
+        sizes = (layout.rows, layout.cols, grid.row_programs, grid.col_programs)
+        shapes = [v.sum_shape(*sizes) if v.reduced else None for v in layout.views]
+        found.append(
+            dict(tile=(grid.tile_rows, grid.tile_cols), programs=(grid.row_programs, grid.col_programs),
+                 steps=grid.steps, threads=cut.threads, resident=cut.resident, shapes=shapes if needs else None)
+        )  # fmt: skip
+        if backend == "triton":
+            numbers = {k: v for k, v in one.numbers.items() if k in TRITON_NUMBERS}
+            found[-1] |= numbers | {"MASK": bool(numbers["MASK"])}
+    return found
 
 
-def launched(backend: str, module: Any, tail: dualop.Chain, inputs: list[Tensor], gy: Tensor) -> tuple[list, list]:
-    """What the file launches in forward and backward, and what the library does."""
-    kinds = [view.kind for view in module.VIEWS]
-    needs = [True] * len(inputs)
-    library = BACKENDS_OF_LIBRARY[backend]
-    ours: list[Any] = []
-    theirs: list[Any] = []
-    for seen, forward, backward in (
-        (ours, lambda: module.tail_forward(inputs), lambda: module.tail_backward(gy, inputs, needs)),
-        (
-            theirs,
-            lambda: library.forward(tail, inputs[0], inputs[1:]),
-            lambda: library.backward(tail, gy, inputs[0], inputs[1:], needs),
-        ),
-    ):
-        with contextlib.ExitStack() as stack:
-            if backend == "cuda":
-                pack = lambda form, *words, seen=seen: seen.append(of_cuda(words, kinds)) or PACK(form, *words)
-                packing = SimpleNamespace(pack=pack)  # not in struct itself, which pytest-xdist's threads use, too
-                stack.enter_context(mock.patch.object(cuda, "struct", packing))
-                stack.enter_context(mock.patch.dict(module.tail_forward.__globals__, struct=packing))
-            else:
-                triton._launch.cache_clear()  # a launch keeps its kernel
-                stack.callback(triton._launch.cache_clear)
-                stack.enter_context(mock.patch.multiple(triton, INTERPRET=False, OPTIONS={"enable_fp_fusion": True}))
-                own = triton._module(tail, tuple(v.kind for v in layout_of(inputs[0], inputs[1:]).views))
-                for name in ("forward_kernel", "backward_kernel"):
-                    for where in (module, own):
-                        recorder = Recorder(getattr(own, name), seen)
-                        stack.enter_context(mock.patch.object(where, name, recorder))
-                for where in (module, tile):
-                    stack.enter_context(mock.patch.object(where, "sum_kernel", Recorder(SUM_KERNEL, seen)))
-            forward()
-            backward()
-    return ours, theirs
+TRITON_NUMBERS = ("BITS", "NEEDS", "STAGES", "MASK", "EARLY", "num_warps", "maxnreg", "enable_fp_fusion")
+
+
+def of_file(backend: str, module: Any, inputs: list[Tensor], gy: Tensor) -> list[dict[str, Any]]:
+    """What the file decides, as `of_library` has it."""
+    names, dtype = module.tail_forward.__globals__, gy.dtype
+    rows, seen, shapes = -(-gy.numel() // layout_of(inputs[0], inputs[1:]).cols), [], []
+    launch_backward = names["launch_backward"]
+    record = lambda *arguments: shapes.append(arguments[4]) or launch_backward(*arguments)
+    kernels = {k: Recorder(names[k], seen) for k in ("forward_kernel", "backward_kernel") if k in names}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"launch_backward": record, **kernels}.items():
+            patch.setitem(names, name, value)
+        module.tail_forward(inputs)
+        module.tail_backward(gy, inputs, [True] * len(inputs))
+    found = []
+    for i, table in enumerate((module.FORWARD, module.BACKWARD)):
+        cut = table[dtype]
+        if backend == "cuda":
+            each, x, y, resident, _, steps = cut
+            tile, threads = (each * y, x * module.TYPES[dtype][3]), x * y
+        else:
+            tile, threads, steps = (cut["BLOCK_ROWS"], cut["BLOCK_COLS"]), 32 * cut["num_warps"], cut.get("steps", 1)
+            resident = 65536 // 256 // cut["maxnreg"] if "maxnreg" in cut else 1
+        programs = tuple(module.blocks(cut, rows))
+        found.append(dict(tile=tile, programs=programs, steps=steps, threads=threads, resident=resident,
+                          shapes=shapes[0] if i else None))  # fmt: skip
+        if backend == "triton":
+            assert seen[i]["grid"] == (programs[0] * programs[1],)
+            found[-1] |= {k: v for k, v in seen[i].items() if k in TRITON_NUMBERS}
+    return found
+
+
+def sums(where: Any, call: Any) -> list[dict[str, Any]]:
+    """The launches of a module's sum kernel."""
+    seen: list[dict[str, Any]] = []
+    with mock.patch.object(where, "sum_kernel", Recorder(where.sum_kernel, seen)):
+        call()
+    return [{k: v for k, v in one.items() if k.isupper() or k in ("outer", "kept", "inner", "columns", "grid")}
+            for one in seen]  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own properties would be asked")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OTHERS)
-def test_it_launches_what_the_library_launches(run, name: str, backend: str, dtype: torch.dtype) -> None:
-    """The same grids, blocks, constants and views; and the results have the same bits."""
+def test_it_launches_what_the_library_launches(
+    run, name: str, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same grids, threads, constants and sums; and the results have the same bits."""
+    monkeypatch.setattr(plan, "MULTIPROCESSORS", multiprocessors(CPU))
     _, chain, model, options = OTHERS[name]
     options = options | ({"batch": 70} if model.startswith("linear") else {})
-    module = run(emit(chain, model, backend, **options))
+    module = run(emit(chain, model, backend, dtypes=(NAMES[dtype],), **options))
     tail = with_bias(dualop.chain(chain)) if name == "folded" else dualop.chain(chain)
     shape = (70, int(model.rpartition("x")[2])) if model.startswith("linear") else module.shape
     shapes = [
@@ -342,12 +356,14 @@ def test_it_launches_what_the_library_launches(run, name: str, backend: str, dty
     ]
     inputs = [torch.randn(s, dtype=dtype) for s in (shape, *shapes)]
     gy = torch.randn(shape, dtype=dtype)
-    ours, theirs = launched(backend, module, tail, inputs, gy)
-    assert len(ours) >= 2 and ours == theirs
+    assert of_file(backend, module, inputs, gy) == of_library(backend, tail, inputs, gy)
     library, needs = BACKENDS_OF_LIBRARY[backend], [True] * len(inputs)
     assert torch.equal(module.tail_forward(inputs), library.forward(tail, inputs[0], inputs[1:]))
     expected = library.backward(tail, gy, inputs[0], inputs[1:], needs)
     assert all(map(torch.equal, module.tail_backward(gy, inputs, needs), expected))
+    if backend == "triton" and inputs[1:] and hasattr(module, "sum_kernel"):
+        ours = sums(module, lambda: module.tail_backward(gy, inputs, needs))
+        assert ours == sums(tile, lambda: library.backward(tail, gy, inputs[0], inputs[1:], needs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -368,16 +384,16 @@ def test_indexes_are_as_wide_as_the_model_needs(run) -> None:
     empty = lambda *shape: torch.empty(shape, device="meta")
     narrow_at = lambda rows: layout_of(empty(rows, 65536), [empty(65536)]).narrow
     most = bisect.bisect(range(65536), False, key=lambda rows: not narrow_at(rows)) - 1
-    for backend, mark in (("cuda", "using index_t = {};"), ("triton", "NARROW={}")):
-        wide, narrow = {"cuda": ("long long", "int"), "triton": ("False", "True")}[backend]
+    for backend, mark in (("cuda", "using index_t = {};"), ("triton", "program = tl.program_id(0){}\n")):
+        wide, narrow = {"cuda": ("long long", "int"), "triton": (".to(tl.int64)", "")}[backend]
         large = emit("add | gelu", "linear:8x65536", backend, batch=most + 1)
         assert mark.format(wide) in large and mark.format(narrow) not in large and "too large" not in large
         small = emit("add | gelu", "linear:8x65536", backend, batch=most)
         assert mark.format(narrow) in small and mark.format(wide) not in small
         module = run(small)
-        assert module.layout_of((most, 65536), torch.float32).rows == most
+        assert module.checked(empty(most, 65536), empty(65536))[0].shape[0] == most
         with pytest.raises(ValueError, match="too large for 32-bit indexes"):
-            module.layout_of((most + 1, 65536), torch.float32)
+            module.checked(empty(most + 1, 65536), empty(65536))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -395,5 +411,25 @@ def test_wanted_gradients_empty_batches_and_refusals(run, backend: str, device: 
         module.ModelNew(24, 40, (40,), 0.5)
     with pytest.raises(ValueError, match=r"an operand torch.bfloat16 \(40,\) with z torch.float32"):
         module.Tail.apply(torch.randn(4, 40, device=device), torch.randn(40, device=device, dtype=torch.bfloat16))
+    with pytest.raises(
+        ValueError, match=r"torch.float16 needs other kernels: this file has those for torch.float32, t"
+    ):
+        module.Tail.apply(torch.randn(4, 40, device=device).half(), torch.randn(40, device=device).half())
     with pytest.raises(RuntimeError, match="these gradients have no derivative"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_at_odd_addresses_and_strides(run, backend: str, device: torch.device) -> None:
+    """What no access of 16 bytes can read is copied first: views into the middle, transposed tensors, gradients."""
+    module = run(emit("add | gelu", "input:6x40", backend))
+    x, add = torch.randn(6 * 40 + 1, device=device)[1:].view(6, 40), torch.randn(41, device=device)[1:]
+    gy = torch.randn(40, 6, device=device).t()
+    for z in (x, x.t().contiguous().t()):
+        leaves = [t.clone().requires_grad_() for t in (z, add)]
+        expected = torch.autograd.grad(F.gelu(leaves[0] + leaves[1]), leaves, gy)
+        z, operand = z.requires_grad_(), add.requires_grad_()
+        found = torch.autograd.grad(module.Tail.apply(z, operand), [z, operand], gy)
+        for ours, theirs in zip(found, expected):
+            torch.testing.assert_close(ours, theirs)
+        z.requires_grad_(False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import os
 import re
 import shlex
@@ -15,8 +17,9 @@ from test_emit import on_host
 
 import dualop
 from dualop.build import build, toolchain
+from dualop.cli.options import dtypes
 from dualop.emit.file import emit, parse_operands
-from dualop.errors import BackendUnavailable, ChainError, OperandError, ShapeError
+from dualop.errors import BackendUnavailable, ChainError, DtypeError, OperandError, ShapeError
 from dualop.language.stages import STAGES
 
 BACKENDS = ("cuda", "triton")
@@ -53,52 +56,94 @@ def broken_rules(text: str, backend: str) -> list[str]:
 def test_static_rules(stage: str, backend: str) -> None:
     text = emit(f"add | {STAGES[stage].example}", "linear:16x24", backend)
     assert not broken_rules(text, backend)
-    compile(text, "<string>", "exec")
+    assert not undefined(ast.parse(text))
+
+
+def undefined(tree: ast.Module) -> set[str]:
+    """Names that are read somewhere and defined nowhere."""
+    nodes = [*ast.walk(tree)]
+    known = {n.arg for n in nodes if isinstance(n, ast.arg)} | {*dir(builtins)}
+    known |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    known |= {a.asname or a.name.split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))
+              for a in n.names}  # fmt: skip
+    names = [n for n in nodes if isinstance(n, ast.Name)]
+    known |= {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    return {n.id for n in names} - known
 
 
 def test_the_rules_can_be_broken() -> None:
     assert broken_rules(emit() + "# no pass", "cuda") == [r"\bpass\b: pass"]
     assert "no __global__" in broken_rules("import torch", "cuda")
+    assert undefined(ast.parse("def f(a):\n    return a + b")) == {"b"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_is_used_is_there_and_always_the_same(backend: str) -> None:
     text = emit(backend=backend)
     assert text == emit(dualop.chain("add | silu | tanh | gelu | hardtanh"), "linear:8192x8192", backend, batch=1024)
-    assert len(text.splitlines()) < (1600 if backend == "cuda" else 1150)
+    assert len(text.splitlines()) < (750 if backend == "cuda" else 600)
     code = re.sub(r"(//|#) .*", "", text)
     for other in ("softplus", "mish", "leaky_relu", "log1p", "expm1", "hardshrink", "maximum"):
         assert not re.search(rf"(?<!tl\.)\b(stage_)?{other}\b", code), other
     assert "stage_silu" in code or "struct silu" in code
+    for other in (
+        r"torch\.float(16|64)",
+        r"(?<!b)float16",
+        r"\bfrom_f16",
+        r"(BITS|bits) == 53",
+        r"_second\b|\bsecond\(",
+    ):
+        assert not re.search(other, code), other
     assert f"Written by dualop {dualop.__version__}:" in text
     assert "batch_size = 1024\nin_features = 8192\nout_features = 8192\nadd_value_shape = (out_features,)\n" in text
 
 
 def test_the_command_in_the_file_writes_the_file() -> None:
     text = emit('add(a) | gelu(approximate="tanh") | mul(b)', "linear:8x8", "triton", batch=3, bias=False, linear="fc",
-                shapes={"b": (), "a": (1, 8)})  # fmt: skip
+                shapes={"b": (), "a": (1, 8)}, dtypes=("float16",))  # fmt: skip
     words = shlex.split(text.splitlines()[3])
     assert words[:2] == ["dualop", "emit"]
     options = {words[i]: words[i + 1] for i in (2, 4, 6, 8)}
-    assert words[10:] == ["--no-bias", "--linear", "fc", "--operand", "b=scalar", "--operand", "a=1x8"]
+    assert words[10:] == ["--no-bias", "--linear", "fc", "--operand", "b=scalar", "--operand", "a=1x8",
+                          "--dtype", "float16"]  # fmt: skip
     shapes = parse_operands(["b=scalar", "a=1x8"])
     again = emit(options["--chain"], options["--model"], options["--backend"], batch=int(options["--batch"]),
-                 bias=False, linear="fc", shapes=shapes)  # fmt: skip
+                 bias=False, linear="fc", shapes=shapes, dtypes=dtypes("float16"))  # fmt: skip
     assert again == text
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
+TYPES = {
+    "float32": ("float", "float", 24, 4),
+    "bfloat16": ("bfloat16", "float", 8, 8),
+    "float16": ("float16", "float", 11, 8),
+    "float64": ("double", "double", 53, 2),
+}
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float16",), ("float64", "float16")], ids="-".join)
 @pytest.mark.parametrize("first", range(0, len(STAGES), 8))
-def test_trimmed_kernels_compile(first: int, tmp_path: Path) -> None:
+def test_trimmed_kernels_compile(first: int, dtypes: tuple[str, ...], tmp_path: Path) -> None:
     """Some stages at a time, so that each is there without most others."""
     chain = " | ".join(stage.example for stage in list(STAGES.values())[first : first + 8])
-    text = emit(chain, "linear:8x8", "cuda")
+    compile_on_host(emit(chain, "linear:8x8", "cuda", dtypes=dtypes), dtypes[0], tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["relu6", "selu", "gelu", "celu", "clamp", "hardsigmoid"])
+def test_a_stage_alone_compiles(stage: str, tmp_path: Path) -> None:
+    """Of stages that take another one, a constant or a function of their own dtype."""
+    compile_on_host(emit(f"add | {STAGES[stage].example}", "linear:8x8", "cuda"), "bfloat16", tmp_path)
+
+
+def compile_on_host(text: str, dtype: str, tmp_path: Path) -> None:
     source = tmp_path / "source.cpp"
     start = text.index('r"""') + 4
-    cuts = "#define FORWARD_CUT Cut<2, 6>\n#define BACKWARD_CUT Cut<2, 4>\n#define DTYPE float16\n"
-    source.write_text(cuts + on_host(text[start : text.index('"""', start)]))
+    names = ("DTYPE", "ARITHMETIC", "BITS_", "VEC", "SUM_Y", "FORWARD_CUT", "BACKWARD_CUT")
+    values = (*TYPES[dtype], 4, "Cut<2, 32, 8, 6, 1, 1>", "Cut<2, 32, 8, 4, 1, 2>")
+    defined = "".join(f"#define {name} {value}\n" for name, value in zip(names, values, strict=True))
+    source.write_text(defined + on_host(text[start : text.index('"""', start)]))
     command = [str(toolchain.find_cxx()), "-std=c++17", "-fsyntax-only", "-Wall", "-Wno-unknown-pragmas", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
@@ -203,6 +248,8 @@ def test_triton_compiles_what_it_launches(tmp_path: Path) -> None:
         (ShapeError, "write linear:INxOUT", dict(model="linear:8")),
         (ShapeError, "write linear:INxOUT", dict(model="linear:8x0")),
         (ShapeError, "batch 0", dict(batch=0)),
+        (DtypeError, "unknown dtype 'float8'; there are float32", dict(dtypes=("float8",))),
+        (DtypeError, "unknown dtype ''", dict(dtypes=())),
         (OperandError, "has no operand bias; it takes add", dict(shapes={"bias": (8192,)})),
         (OperandError, r"has the shape \(8192, 1\)", dict(shapes={"add": (8192, 1)})),
         (OperandError, r"has the shape \(1, 1, 8192\)", dict(shapes={"add": (1, 1, 8192)})),

@@ -95,11 +95,11 @@ def test_what_the_wheel_holds(wheel):
     expected = {f"dualop/{path.relative_to(ROOT)}" for path in (ROOT / "cuda").rglob("*.cuh")}
     for folder in ("triton_kernels", "bench"):
         expected |= {f"dualop/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
-    for pattern in ("*.py", "*.h", "*.cpp"):
+    for pattern in ("*.py", "*.h", "*.cpp", "*.in"):
         expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "dualop").rglob(pattern)}
     kernels = {"dualop/cuda/stages.cuh", "dualop/cuda/stages/smooth.cuh", "dualop/triton_kernels/stages/smooth.py"}
     assert {*kernels, "dualop/bench/timing.py"} < expected
-    assert {"dualop/replay/module.cpp", "dualop/replay/call.h"} < expected
+    assert {"dualop/replay/module.cpp", "dualop/replay/call.h", "dualop/emit/templates/kernels.cu.in"} < expected
     assert expected <= names
     assert not [name for name in names if "torch_contract" in name or "capabilities" in name or "/test_" in name]
     assert not [name for name in names if name.startswith("dualop/cuda/") and not name.endswith(".cuh")]
@@ -123,7 +123,7 @@ def test_what_the_source_distribution_holds(built):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "cuda").rglob("*.cuh")} <= names
     assert {"LICENSE", "README.md", "bench/timing.py", "dualop/replay/call.h"} <= names
-    assert {"triton_kernels/stages/smooth.py", "cuda/stages/smooth.cuh"} <= names
+    assert {"triton_kernels/stages/smooth.py", "cuda/stages/smooth.cuh", "dualop/emit/templates/model.py.in"} <= names
 
 
 def test_the_installed_command(venv, tmp_path):

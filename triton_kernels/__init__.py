@@ -1,1 +1,1 @@
-"""The Triton kernels: the same stages, formulas and order as the CUDA C++ ones."""
+"""Run chains in Triton, with the stages, formulas and order of the CUDA C++ kernels."""

@@ -1,6 +1,6 @@
-"""The functions whose float32 results are held to 4 ulps, slopes included. 16-bit results need none of this.
+"""Compute functions whose float32 results, slopes included, are held to 4 ulps. 16-bit results need none of this.
 
-`cuda/float32.cuh` has the same functions in the same order, and says how they work and what they are good to. Where it
+`cuda/float32.cuh` has the same functions in the same order, and says how they work and how accurate they are. Where it
 has a struct, there is a tuple here.
 """
 
@@ -15,7 +15,7 @@ from .platform import max_nan, min_nan, number
 
 @triton.jit
 def scaled_exp(a, rest, N: tl.constexpr):
-    """exp(-N (a + rest)) = two (1 + p) as (two, r, bend) with p = -N r + r^2 bend"""
+    """Return (two, r, bend): exp(-N (a + rest)) = two (1 + p) with p = -N r + r^2 bend."""
     k = platform.fma(a, number(a, N * -1.44269504), number(a, 12582912.0)) - 12582912.0  # beyond 2^23: integers only
     r = platform.fma(k, number(a, 0.693147182 / N), a) + rest
     bend = platform.fma(
@@ -38,14 +38,14 @@ def whole(two, r, bend, N: tl.constexpr):
 
 @triton.jit
 def exp_below(a, rest, N: tl.constexpr):
-    """exp(-N (a + rest)), rounded"""
+    """Return exp(-N (a + rest)), rounded."""
     two, r, bend = scaled_exp(a, rest, N)
     return whole(two, r, bend, N)
 
 
 @triton.jit
 def exp_ratio(z, alpha, inverse):
-    """exp(z / alpha) for z <= 0, alpha > 0"""
+    """Return exp(z / alpha) for z <= 0, alpha > 0."""
     a = -max_nan(z, -89.0 * alpha)
     s = a * inverse
     return exp_below(s, platform.fma(-s, alpha, a) * inverse, 1)
@@ -53,7 +53,7 @@ def exp_ratio(z, alpha, inverse):
 
 @triton.jit
 def quotient(x, e):
-    """x / (1 + e) for e >= 0"""
+    """Return x / (1 + e) for e >= 0."""
     r = platform.rcp_approx(1.0 + e)
     t = x * r
     return platform.fma(r, platform.fma(-t, e, platform.minus_rounded(x, t)), t)
@@ -86,7 +86,7 @@ def slope(factor, more):
 
 @triton.jit
 def tanh_slope(y, rest):
-    """tanh at y + rest, y > -0.3"""
+    """Return tanh and its slope at y + rest, y > -0.3."""
     two, r, bend = scaled_exp(y, rest, 2)
     near = y < 0.65
     p = small(r, bend, 2)
@@ -100,7 +100,7 @@ def tanh_slope(y, rest):
 
 @triton.jit
 def upper(z):
-    """max(z, 0), but NaN at minus infinity, as torch has it of z times 0"""
+    """Return max(z, 0), but NaN at minus infinity, as torch has it of z times 0."""
     return tl.where(z < 0, 0.0 * z, z)
 
 
@@ -129,14 +129,14 @@ def silu_slope(z):
 
 @triton.jit
 def horner(t, p, c0: tl.constexpr, c1: tl.constexpr, c2: tl.constexpr):
-    """Three more coefficients of a polynomial, the last one first: ((p t + c0) t + c1) t + c2"""
+    """Return ((p t + c0) t + c1) t + c2: three more coefficients of a polynomial, the last one first."""
     p = platform.fma(t, p, number(t, c0))
     return platform.fma(t, platform.fma(t, p, number(t, c1)), number(t, c2))
 
 
 @triton.jit
 def bell(a):
-    """exp(-a^2 / 2)"""
+    """Return exp(-a^2 / 2)."""
     half = 0.5 * a
     square = half * a
     return exp_below(square, platform.fma(half, a, -square), 1)
@@ -170,7 +170,7 @@ def gelu_slope(z):
 
 @triton.jit
 def gelu_cubic(a):
-    """gelu_tanh's (u, rest, a u'(a))"""
+    """Return (u, rest, a u'(a)) of gelu_tanh."""
     linear: tl.constexpr = 1.59576917  # and what it and the cubic coefficient have beyond 24 bits
     linear_rest: tl.constexpr = -4.53406805e-08
     cubic: tl.constexpr = 0.0713548139
@@ -210,7 +210,7 @@ def gelu_tanh_slope(z):
 
 @triton.jit
 def mish_parts(a):
-    """(e, low, high, sum), the last three what v is a quotient of"""
+    """Return (e, low, high, sum), the last three what v is a quotient of."""
     e = exp_below(a, number(a, -0.0), 1)
     low = platform.fma(0.5 * e, e, e)
     high = 2.0 * e * e

@@ -1,4 +1,4 @@
-"""A matrix product that runs a chain on its sums while they are in registers: y = chain(x @ weight.T, *operands).
+"""Write a matrix product that runs a chain on its sums while they are in registers: y = chain(x @ weight.T, *operands).
 
 Programs are persistent, each making tile after tile of y: the loop over a tile's depth and the loop over tiles are
 flattened into one, so that the loads of the next tile are under way while the chain runs on the last one. Two programs
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from .generate import Step, _chain
+from .generate import Step, chain_forward
 from .platform import INTERPRETED, round_to
 
 _EXACT = tl.constexpr(INTERPRETED)  # the interpreter's product of two bfloat16 is not to be trusted
@@ -21,7 +21,7 @@ _EXACT = tl.constexpr(INTERPRETED)  # the interpreter's product of two bfloat16 
 
 @triton.jit
 def corner(tile, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of a tile. GROUP tiles of rows go along the columns together, and share the weight in L2."""
+    """Return a tile's first row and column. GROUP tiles of rows go along the columns and share the weight in L2."""
     down = tl.cdiv(rows, BLOCK_M)
     across = tl.cdiv(cols, BLOCK_N)
     first = tile // (GROUP * across) * GROUP
@@ -34,7 +34,7 @@ def corner(tile, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 def fetch(
     source, row, column, rows, cols, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr
 ):
-    """A block of a matrix whose rows lie `stride` apart, zero outside of it."""
+    """Return a block of a matrix whose rows lie `stride` apart, zero outside of it."""
     if DESCRIPTORS:
         block = source.load([row, column])
     else:
@@ -61,7 +61,7 @@ def put(target, row, column, rows, cols, value, DESCRIPTORS: tl.constexpr):
 
 @triton.jit
 def halves(sums):
-    """The left and the right half of the columns: the chain on half a tile needs half the registers."""
+    """Return the left and the right half of the columns: the chain on half a tile needs half the registers."""
     HEIGHT: tl.constexpr = sums.shape[0]
     WIDTH: tl.constexpr = sums.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(sums, (HEIGHT, 2, WIDTH)), (0, 2, 1)))
@@ -123,7 +123,7 @@ def gemm_kernel(
 
 
 def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
-    """The text of a chain's file with a `gemm_kernel`; `kinds` (dualop/launch/layout.py) are those of the operands."""
+    """Return a chain's file with a `gemm_kernel`; `kinds` (dualop/launch/layout.py) are those of the operands."""
     numbers = range(1, len(kinds) + 1)
     views = [f"p{i}, div{i}, mod{i}, stride{i}, outer{i}" for i in numbers]
     reads = [
@@ -142,4 +142,4 @@ def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
     for mark, value in filled.items():
         kernel = kernel.replace(mark, value)
     head = _HEAD.format(title=title, package=__name__.rpartition(".")[0])
-    return f"{head}\n\n{_chain(steps, len(kinds) + 1)}\n\n\n{kernel}"
+    return f"{head}\n\n{chain_forward(steps, len(kinds) + 1)}\n\n\n{kernel}"

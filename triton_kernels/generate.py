@@ -1,4 +1,4 @@
-"""Writes a chain's Triton file: the chain as straight-line functions, and a forward and a backward kernel around them.
+"""Write a chain's Triton file: the chain as straight-line functions, and a forward and a backward kernel around them.
 
 Triton has no variadic templates; a tuple of functions as a constexpr, the other way, launches at twice the host cost
 and its stages have no line of their own in a profile.
@@ -28,84 +28,94 @@ from {package}.tile import add, inside, place, programs, read, write, write_sum,
 
 
 def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
-    """The file's text for a chain of `steps` on inputs of `kinds` (dualop/launch/layout.py), x first."""
-    package = __name__.rpartition(".")[0]
-    parts = [_HEAD.format(title=title, package=package), _chain(steps, len(kinds)), *_kernels(kinds)]
-    return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
+    """Return the file of a chain of `steps` on inputs of `kinds` (dualop/launch/layout.py), x first."""
+    return file(title, chain_forward(steps, len(kinds)), chain_backward(steps, len(kinds)), *kernels(kinds))
+
+
+def file(title: str, *functions: str) -> str:
+    """Return a file of these functions."""
+    return "\n\n\n".join((_HEAD.format(title=title, package=__name__.rpartition(".")[0]).strip(), *functions)) + "\n"
+
+
+def function(name: str, parameters: str, *body: str) -> str:
+    """Return the text of a Triton function."""
+    return "\n".join(["@triton.jit", f"def {name}({parameters}):", *(f"    {line}" for line in body)])
+
+
+def call(step: Step, suffix: str, z: str, *more: str) -> str:
+    """Return a call of the stage's function with this suffix, at z, its operand and `more`."""
+    name, numbers, operand = step
+    values = [z, *more]
+    if operand is not None:
+        values.insert(1, f"in{operand}" if isinstance(operand, int) else f"number({z}, {_literal(operand)})")
+    return f"stages.{name}{suffix}({', '.join((*values, *map(_literal, numbers), 'BITS'))})"
+
+
+def inner(step: Step, i: int) -> str:
+    """Return the line of a backward that makes z behind stage i, by a cheaper function where there is one."""
+    return f"z{i + 1} = {call(step, '_inner' if step[0] in _inners() else '', f'z{i}')}"
+
+
+def gradient(step: Step, i: int, result: str, gy: str) -> str:
+    """Return the line that makes `result`, the gradient of z in front of stage i, of `gy`, the one behind it."""
+    made = result if step[2] is None else f"{result}, d{i}"
+    return f"{made} = {call(step, '_backward', f'z{i}', gy)}"
 
 
 def _literal(value: float) -> str:
-    if math.isinf(value):
-        return f'float("{value}")'
-    return repr(value)
-
-
-def _taken(operand: int | float, z: str) -> str:
-    return f"in{operand}" if isinstance(operand, int) else f"number({z}, {_literal(operand)})"
+    return f'float("{value}")' if math.isinf(value) else repr(value)
 
 
 @lru_cache(maxsize=1)
 def _inners() -> frozenset[str]:
+    """Return the stages that have an inner function."""
     files = (Path(__file__).parent / "stages").glob("*.py")
     return frozenset(
-        name for file in files for name in re.findall(r"^def (\w+_inner)\(", file.read_text("utf-8"), re.M)
+        name for file in files for name in re.findall(r"^def (\w+)_inner\(", file.read_text("utf-8"), re.M)
     )
 
 
-def _inner(name: str) -> str:
-    """The ending of the stage's function for its value on the way in a backward."""
-    return "_inner" if f"{name}_inner" in _inners() else ""
+def chain_forward(steps: Sequence[Step], inputs: int) -> str:
+    """Return the function that makes the chain's value of its inputs."""
+    return function(
+        "chain_forward",
+        f"{_given(inputs)}, BITS: tl.constexpr",
+        "z0 = in0",
+        *(f"z{i + 1} = {call(step, '', f'z{i}')}" for i, step in enumerate(steps)),
+        f"return z{len(steps)}",
+    )
 
 
-def _chain(steps: Sequence[Step], inputs: int) -> str:
-    names = [f"in{i}" for i in range(inputs)]
-    forward, inner, backward = [], [], []
-    uses: dict[int, list[str]] = {i: [] for i in range(inputs)}
-    for i, (name, numbers, operand) in enumerate(steps):
-        more = "".join(f", {_literal(n)}" for n in numbers)
-        z = f"z{i}"
-        if operand is None:
-            forward.append(f"z{i + 1} = stages.{name}({z}{more}, BITS)")
-            inner.append(f"z{i + 1} = stages.{name}{_inner(name)}({z}{more}, BITS)")
-            backward.append(f"g{i} = stages.{name}_backward({z}, g{i + 1}{more}, BITS)")
-        else:
-            forward.append(f"z{i + 1} = stages.{name}({z}, {_taken(operand, z)}, BITS)")
-            inner.append(forward[-1])
-            taken = f"stages.{name}_backward({z}, {_taken(operand, z)}, g{i + 1}, BITS)"
-            backward.append(f"g{i}, d{i} = {taken}")
-            if isinstance(operand, int):
-                uses[operand].append(f"d{i}")
-    uses[0].insert(0, "g0")
-    last = f"z{len(steps)}"
-    gradients = ", ".join(" + ".join(uses[i]) for i in range(inputs))
-    lines = [
-        "@triton.jit",
-        f"def chain_forward({', '.join(names)}, BITS: tl.constexpr):",
-        "    z0 = in0",
-        *(f"    {line}" for line in forward),
-        f"    return {last}",
-        "",
-        "",
-        "@triton.jit",
-        f"def chain_backward({', '.join(names)}, gy, BITS: tl.constexpr):",
-        "    z0 = in0",
-        *(f"    {line}" for line in inner[:-1]),
-        f"    g{len(steps)} = gy",
-        *(f"    {line}" for line in reversed(backward)),
-        f"    return {gradients}",
-    ]
-    return "\n".join(lines)
+def chain_backward(steps: Sequence[Step], inputs: int) -> str:
+    """Return the function that makes the gradient of each input of the inputs and gy."""
+    parts: list[list[str]] = [["g0"], *([] for _ in range(inputs - 1))]
+    for i, (_, _, operand) in enumerate(steps):
+        if isinstance(operand, int):
+            parts[operand].append(f"d{i}")
+    return function(
+        "chain_backward",
+        f"{_given(inputs)}, gy, BITS: tl.constexpr",
+        "z0 = in0",
+        *(inner(step, i) for i, step in enumerate(steps[:-1])),
+        f"g{len(steps)} = gy",
+        *reversed([gradient(step, i, f"g{i}", f"g{i + 1}") for i, step in enumerate(steps)]),
+        f"return {', '.join(' + '.join(part) for part in parts)}",
+    )
 
 
-def _kernels(kinds: Sequence[int]) -> tuple[str, str]:
-    """The forward and the backward kernel around a `chain_forward` and a `chain_backward`."""
+def _given(inputs: int) -> str:
+    return ", ".join(f"in{i}" for i in range(inputs))
+
+
+def kernels(kinds: Sequence[int]) -> tuple[str, str]:
+    """Return the forward and the backward kernel around a `chain_forward` and a `chain_backward`."""
     count = range(len(kinds))
     views = ", ".join(f"p{i}, div{i}, mod{i}, stride{i}, outer{i}" for i in count)
     reads = [
         f"in{i} = read(p{i}, div{i}, mod{i}, stride{i}, outer{i}, row, column, rows, cols, mask, {kind}, BITS)"
         for i, kind in enumerate(kinds)
     ]
-    inputs = ", ".join(f"in{i}" for i in count)
+    inputs = _given(len(kinds))
     # Plain numbers that Triton sees to be multiples of 16, so that it moves 16 bytes at once.
     shape = "rows, cols, total, steps, row_step, col_step"
     tile_shape = "BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr"
@@ -138,24 +148,23 @@ def _kernels(kinds: Sequence[int]) -> tuple[str, str]:
         finish.insert(0, "row, column = place(first_row, first_column, BLOCK_ROWS, BLOCK_COLS)")
     outs = ", ".join(f"g{i}" for i in count)
     more = "NEEDS: tl.constexpr, STAGES: tl.constexpr"
-    forward = [
-        "@triton.jit",
-        f"def forward_kernel(y, {views}, {shape}, {options}):",
-        *(f"    {line}" for line in start),
-        "    for step in range(count(steps)):",
-        *(f"        {line}" for line in tile),
-        f"        write(y, row * cols + column, chain_forward({inputs}, BITS), mask)",
-    ]
-    backward = [
-        "@triton.jit",
-        f"def backward_kernel(gy, {outs}, {views}, {shape}, {more}, {options}):",
-        *(f"    {line}" for line in (*start, *sums)),
-        "    for step in tl.range(0, count(steps), num_stages=STAGES):",
-        *(f"        {line}" for line in tile),
-        "        gradient = read(gy, 1, 1, cols, 0, row, column, rows, cols, mask, 3, BITS)",
-        f"        {gradients} = chain_backward({inputs}, gradient, BITS)",
-        *(f"        {line}" for line in gather),
-        "    let_next_kernel_begin(EARLY)",
-        *(f"    {line}" for line in finish),
-    ]
-    return "\n".join(forward), "\n".join(backward)
+    return function(
+        "forward_kernel",
+        f"y, {views}, {shape}, {options}",
+        *start,
+        "for step in range(count(steps)):",
+        *(f"    {line}" for line in tile),
+        f"    write(y, row * cols + column, chain_forward({inputs}, BITS), mask)",
+    ), function(
+        "backward_kernel",
+        f"gy, {outs}, {views}, {shape}, {more}, {options}",
+        *start,
+        *sums,
+        "for step in tl.range(0, count(steps), num_stages=STAGES):",
+        *(f"    {line}" for line in tile),
+        "    gradient = read(gy, 1, 1, cols, 0, row, column, rows, cols, mask, 3, BITS)",
+        f"    {gradients} = chain_backward({inputs}, gradient, BITS)",
+        *(f"    {line}" for line in gather),
+        "let_next_kernel_begin(EARLY)",
+        *finish,
+    )

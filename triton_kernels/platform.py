@@ -1,4 +1,4 @@
-"""What lies under the kernels: a GPU, or Triton's interpreter, which has no libdevice and no inline assembly.
+"""Provide what lies under the kernels: a GPU, or Triton's interpreter, which has no libdevice and no inline assembly.
 
 The names are those of `cuda/device.cuh`; the interpreter's are plain functions on its NumPy values.
 """
@@ -31,13 +31,15 @@ if INTERPRETED:
     expm1 = _on_values(np.expm1)
     log1p = _on_values(np.log1p)
     tanh = _on_values(np.tanh)
+    sin = _on_values(np.sin)
+    cos = _on_values(np.cos)
     erfc = _on_values(np.vectorize(math.erfc, otypes=[np.float64]))
     ex2_approx = _on_values(lambda v: _flush(np.exp2(_flush(v))))
     rcp_approx = _on_values(lambda v: _flush(1 / _flush(v)))
     tanh_approx = _on_values(np.tanh)
 
     def fma(a, b, c):
-        """a * b + c, rounded once: float64 holds the product of two float32."""
+        """Return a * b + c, rounded once: float64 holds the product of two float32."""
         values = a.handle.data.astype(np.float64) * b.handle.data + c.handle.data
         return tl.core.tensor(TensorHandle(values.astype(np.float32), tl.float32), (a + b + c).type)
 
@@ -55,11 +57,11 @@ if INTERPRETED:
         pass
 
     def count(n):
-        """A number of iterations: the interpreter of Triton 3.6 cannot make an int of its scalars itself."""
+        """Return a number of iterations: the interpreter of Triton 3.6 cannot make an int of its scalars itself."""
         return int(n.handle.data.item()) if isinstance(n, tl.core.tensor) else int(n)
 
     def round_to(z, dtype):
-        """float32 as the interpreter has to store it: it truncates to bfloat16, so round to nearest even here."""
+        """Return float32 as the interpreter has to store it: it truncates to bfloat16, so round to even here."""
         if dtype != tl.bfloat16:
             return z.to(dtype)
         values = z.to(tl.float32).handle.data
@@ -75,6 +77,8 @@ else:
     expm1 = libdevice.expm1
     log1p = libdevice.log1p
     tanh = libdevice.tanh
+    sin = libdevice.sin
+    cos = libdevice.cos
     erfc = libdevice.erfc
     copysign = libdevice.copysign
 
@@ -96,7 +100,7 @@ else:
 
     @triton.jit
     def minus_rounded(a, b):
-        """a - b, where b may be a product: a compiler that made one fma of both would take b before it was rounded."""
+        """Return a - b, where b may be a product: one fma of both would take b before it was rounded."""
         return tl.inline_asm_elementwise("sub.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
 
     # If EARLY, kernels are launched with `launch_pdl`: while the one before still runs, once all its programs have
@@ -122,7 +126,7 @@ else:
 
 @triton.jit
 def number(z, value: tl.constexpr):
-    """`value` in z's dtype. Triton makes a float32 of a bare number, which a float64 z must not get."""
+    """Return `value` in z's dtype. Triton makes a float32 of a bare number, which a float64 z must not get."""
     return tl.full([1, 1], value, z.dtype)
 
 

@@ -1,4 +1,4 @@
-"""A program's tile: which rows and columns, and how inputs and gradients lie there.
+"""Read and write a program's tile: its rows and columns, and how inputs and gradients lie there.
 
 At row r and column c an input's element is data[(r // div % mod) * row_stride + r // (div * mod) * outer_stride + c];
 its KIND says which terms there are (1: the column, 2: the row, 4: with div and mod, 8: with mod and outer_stride).
@@ -20,7 +20,7 @@ SPLIT = tl.constexpr(8)
 
 @triton.jit
 def programs(NARROW: tl.constexpr):
-    """The numbers of this program along the rows and along the columns, wide enough for all that is made of them."""
+    """Return this program's numbers along the rows and along the columns, wide enough for all indices."""
     row_program = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     col_program = tl.program_id(0)
     if NARROW:
@@ -58,7 +58,7 @@ def load(pointers, mask):
 def read(
     pointer, div, mod, row_stride, outer_stride, row, column, rows, cols, mask, KIND: tl.constexpr, BITS: tl.constexpr
 ):
-    """An input's values: [rows, columns], or 1 in place of a dimension that it does not vary along."""
+    """Return an input's values: [rows, columns], or 1 in place of a dimension that it does not vary along."""
     if WRAP & KIND:
         row_offset = (row // div % mod) * row_stride
     elif SPLIT & KIND:
@@ -86,7 +86,7 @@ def write(pointer, offset, value, mask):
 
 @triton.jit
 def zeros(BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BITS: tl.constexpr):
-    """The sum of no gradients, one for each element of a tile: threads meet only when all tiles are done."""
+    """Return the sum of no gradients, one for each element of a tile: threads meet only when all tiles are done."""
     dtype: tl.constexpr = tl.float64 if BITS == 53 else tl.float32
     return tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype)
 
@@ -125,7 +125,7 @@ def sum_kernel(
     BLOCK_TERMS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """out[k, n] = partial[outer, k, inner, n] summed over outer and inner, in float64 and in a fixed order."""
+    """Write out[k, n] = partial[outer, k, inner, n] summed over outer and inner, in float64 and in a fixed order."""
     wait_for_kernel_before(EARLY)
     output = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
     term = tl.arange(0, BLOCK_TERMS)[:, None].to(tl.int64)

@@ -43,4 +43,10 @@ struct exp {
     template <int bits, class T> DUALOP_FUN static T second(T z) { return math::exp<bits>(z); }
 };
 
+struct sin {
+    template <int bits, class T> DUALOP_FUN static T forward(T z) { return math::sin(z); }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy * math::cos(z); }
+    template <int bits, class T> DUALOP_FUN static T second(T z) { return -math::sin(z); }
+};
+
 }  // namespace dualop::stage

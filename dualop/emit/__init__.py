@@ -1,1 +1,1 @@
-"""Write one self-contained file in KernelBench's form. It joins the kernels' sources and knows no torch operator."""
+"""Write one self-contained file in KernelBench's form, for one layout. It knows no torch operator."""

@@ -1,191 +1,198 @@
-"""Write the CUDA part of an emitted file: the part of the kernels that a chain uses, and Python that launches them."""
+"""Write the CUDA part of an emitted file: the kernels, straight for one layout, and Python that launches them."""
 
 from __future__ import annotations
-
-import re
 
 import torch
 
 from dualop.backends import cuda
-from dualop.emit import launch as emit_launch
-from dualop.emit.trim import trimmed
+from dualop.emit import plan as plans
+from dualop.emit.cpp import Headers
+from dualop.emit.plan import Plan
+from dualop.emit.template import Value, filled
+from dualop.language.program import Step, steps
 from dualop.language.syntax import Chain
-from dualop.launch.layout import DTYPES
+from dualop.launch.grid import Cut, Grid, backward_grid, forward_grid, power_of_two
+from dualop.launch.layout import BITS, COLUMN, FULL, ROW
 
-_CUDA = """namespace dualop { using index_t = @INDEX@; }
-
-@HEADERS@
-
-// ==== the chain ======================================================================================================
-
-namespace dualop {
-
-// @CHAIN@
-@PROBLEM@
-
-}  // namespace dualop
-
-DUALOP_LIBRARY(dualop::TheProblem)
-"""
-
-_PYTHON = '''import ctypes
-import functools
-import hashlib
-import math
-import struct
-from typing import NamedTuple
-
-import torch
-import torch.nn as nn
-from torch.utils.cpp_extension import load_inline
-
-CUDA = r"""
-@SOURCE@"""
-@LAUNCH@
-
-# ---- the kernels, compiled and launched ------------------------------------------------------------------------------
-
-# Of a dtype: its name in C++, and the templates' parameters in forward and backward.
-COMPILED = {
-@COMPILED@
-}
+# What the templates define themselves, and what has the same name in the headers.
+OWN = ("Bytes", "load_raw", "store_raw", "Pack", "Input", "word", "float16", "bfloat16")
+SUM_THREADS, TERMS = 1024, 8  # of a block of the kernel that adds up partial sums, and what a thread reads at once
 
 
-@functools.lru_cache(maxsize=None)
-def library(dtype):
-    """The kernels for tensors of one dtype, compiled at the first call."""
-    names = zip(("DTYPE", "FORWARD_CUT", "BACKWARD_CUT"), COMPILED[dtype])
-    source = "".join(f"#define {name} {value}\\n" for name, value in names) + CUDA
-    path = load_inline(
-        "dualop_" + hashlib.sha256(source.encode()).hexdigest()[:16],
-        cpp_sources=[""],
-        cuda_sources=[source],
-        extra_cuda_cflags=["-O3", "-std=c++17"],
-        extra_ldflags=["-Wl,-Bsymbolic"],  # each library keeps to its own functions
-        no_implicit_headers=True,
-        is_python_module=False,
+def emitted(chain: Chain, plan: Plan) -> str:
+    """Return the part of the file that defines `launch_forward` and `launch_backward`."""
+    types, forward, backward = [], [], []
+    outputs = max((size for size, v in zip(plan.sizes, plan.views[1:], strict=True) if v.reduced), default=1)
+    sum_x = min(32, power_of_two(outputs))
+    for dtype, layout in plan.layouts.items():
+        cuts = cuda._untuned(chain, dtype, len(plan.views))
+        tall = cuda.TALL[dtype].fitted(cuts[1], layout, plans.MULTIPROCESSORS)
+        numbers, grid = _cut(tall, plan, dtype, backward=True)
+        terms = max((outer * inner for outer, _, inner, _ in plan.sum_sizes(layout, grid)), default=1)
+        sum_y = min(power_of_two(-(-terms // TERMS)), SUM_THREADS // sum_x)
+        real = "double" if dtype == torch.float64 else "float"
+        types.append(f'{dtype}: ("{cuda.C_TYPES[dtype]}", "{real}", {BITS[dtype]}, {plan.vector(dtype)}, {sum_y}),')
+        forward.append(f"{dtype}: {_cut(cuts[0], plan, dtype, backward=False)[0]},")
+        backward.append(f"{dtype}: {numbers},")
+    return filled(
+        "cuda.py.in",
+        SOURCE=_source(chain, plan, outputs, sum_x),
+        TYPES=types,
+        FORWARD_CUTS=forward,
+        BACKWARD_CUTS=backward,
+        STEPS="" if plan.across else " * cut[5]",
+        COLS=plan.cols,
     )
-    loaded = ctypes.CDLL(path)
-    loaded.dualop_error_text.restype = ctypes.c_char_p
-    return loaded
 
 
-@functools.lru_cache(maxsize=None)
-def cut(layout, backward, vector, sms):
-    """The grid, and how many blocks and threads along x, y and z."""
-    width = 16 // layout.dtype.itemsize if vector else 1
-    cut = (BACKWARD if backward else FORWARD)[layout.dtype]
-    if backward:
-        cut = TALL[layout.dtype].fitted(cut, layout, sms)
-    x = min(cut.across if vector else max(cut.across, 32), power_of_two(ceil_div(layout.cols, width)))
+def _cut(cut: Cut, plan: Plan, dtype: torch.dtype, backward: bool) -> tuple[tuple[int, ...], Grid]:
+    """Return a cut's numbers, ROWS, X, Y, RESIDENT, ACROSS and STEPS, and the grid."""
+    layout, wide = plan.layouts[dtype], plan.vector(dtype)
+    x = min(cut.across if wide > 1 else max(cut.across, 32), power_of_two(-(-layout.cols // wide)))
     y = cut.threads // x
-    tile = (y * cut.rows, x * width)
-    grid = backward_grid(layout, *tile, sms, cut) if backward else forward_grid(layout, *tile)
-    return grid, (*grid.axes, x, y)
+    tile = (y * cut.rows, x * wide)
+    grid = backward_grid(layout, *tile, plans.MULTIPROCESSORS, cut) if backward else forward_grid(layout, *tile)
+    return (cut.rows, x, y, cut.resident, grid.col_programs, grid.steps), grid
 
 
-def aligned(layout, tensors):
-    """Whether all accesses can be of 16 bytes: all rows start at such addresses."""
-    wide = 16 // layout.dtype.itemsize
-    if layout.cols % wide or layout.total % wide or any(tensor.data_ptr() % 16 for tensor in tensors):
-        return False
-    return all(view.row_stride % wide == 0 for view in layout.views if view.kind & FULL == FULL)
+def _source(chain: Chain, plan: Plan, outputs: int, sum_x: int) -> str:
+    """Return the C++ of the file; DTYPE and the other macros come from Python."""
+    kinds, names = [v.kind for v in plan.views], [cuda.C_TYPES[t] for t in plan.layouts]
+    headers = Headers(OWN, {"float16", "bfloat16", "double"} - set(names))
+    summed = [i for i, v in enumerate(plan.views) if v.reduced and v.kind & FULL != FULL]
+    forward, backward = _forward(steps(chain)), _backward(steps(chain), len(kinds), headers)
+    values: dict[str, Value] = dict(
+        **{name: name in names for name in ("float", "float16", "bfloat16", "double")},
+        SUMS=any(v.reduced for v in plan.views),
+        BLOCK_SUMS=bool(summed),
+        STORE_PARTIAL=any(v.reduced and v.kind & FULL == FULL for v in plan.views),
+        CHAIN=str(chain),
+        IN_PARAMETERS=", ".join(f"R in{i}" for i in range(len(kinds))),
+        OUT_PARAMETERS=", ".join(f"R& g{i}" for i in range(len(kinds))),
+        FORWARD=forward,
+        BACKWARD=backward,
+        INDEX="int" if plan.layout.narrow else "long long",
+        COLS=plan.cols,
+        COUNT=len(kinds),
+        SUM_X=sum_x,
+        SUM_BLOCKS=-(-outputs // sum_x),
+        SUM_THREADS=SUM_THREADS,
+        TERMS=TERMS,
+        TILE_DOWN="down" if plan.across else "down + step * static_cast<index_t>(gridDim.x / C::ACROSS)",
+        TILE_ACROSS="(across + step * C::ACROSS)" if plan.across else "across",
+        FIRST="true" if plan.across else "step == 0",
+        **_inputs(plan, summed),
+        DEVICE="",
+        FUNCTIONS="",
+        GROUP_SUM="",
+    )
+    text = filled("kernels.cu.in", **values)
+    for dtype in plan.layouts:
+        headers.use(text.replace("\n".join(backward), ""), BITS[dtype])
+        headers.use("\n".join(backward), max(BITS[dtype], 11))
+    values |= dict(
+        DEVICE=headers.printed("device"),
+        FUNCTIONS=headers.printed("types", "float32", "math", "stages"),
+        GROUP_SUM=headers.printed("view"),
+    )
+    return filled("kernels.cu.in", **values).rstrip("\n")
 
 
-def launch(name, layout, grid, blocks, vector, device, y, gy, inputs):
-    """As the struct Launch above has it, in words of 8 bytes."""
-    kernels = library(layout.dtype)
-    with torch.cuda.device(device):
-        head = (vector, *blocks, torch.cuda.current_stream(device).cuda_stream, layout.cols, layout.total)
-        walk = (grid.steps, grid.row_step, grid.col_step, y, gy)
-        error = getattr(kernels, name)(struct.pack(f"={14 + len(inputs)}q", *head, *walk, *inputs))
-    if error:
-        raise RuntimeError(f"the kernel could not be launched: {kernels.dualop_error_text(error).decode()}")
-
-
-def multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def tail_forward(inputs):
-    z = inputs[0]
-    layout, result = layout_of(z.shape, z.dtype), torch.empty_like(z)
-    vector = aligned(layout, [*inputs, result])
-    words = []
-    for view, tensor in zip(layout.views, inputs):
-        words += (tensor.data_ptr(), view.div, view.mod, view.row_stride, 0, 0, 0, 0, 0, 0, 0)
-    grid, blocks = cut(layout, False, vector, multiprocessors(z.device))
-    launch("dualop_forward", layout, grid, blocks, vector, z.device, result.data_ptr(), 0, words)
-    return result
-
-
-def tail_backward(gy, inputs, needs):
-    """The gradients of those inputs that `needs` is true for, None for the others."""
-    z = inputs[0]
-    layout = layout_of(z.shape, z.dtype)
-    vector = aligned(layout, [*inputs, gy])
-    grid, blocks = cut(layout, True, vector, multiprocessors(z.device))
-    gradients = [torch.empty_like(t) if need else None for t, need in zip(inputs, needs)]
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    words, partials = [], []
-    for view, tensor, gradient in zip(layout.views, inputs, gradients):
-        # Where elements share an operand's element, each block leaves a partial sum, and a second kernel adds them up;
-        # but where one block has all of a sum.
-        shape = view.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs)
-        parted = gradient is not None and view.reduced and shape[0] * shape[2] > 1
-        partials.append(torch.empty(math.prod(shape), dtype=wide, device=z.device) if parted else gradient)
-        place = (tensor.data_ptr(), view.div, view.mod, view.row_stride, 0)
-        words += (*place, address(partials[-1]), address(gradient) if parted else 0, *shape)
-    launch("dualop_backward", layout, grid, blocks, vector, z.device, 0, gy.data_ptr(), words)
-    return gradients
-'''
-
-
-# The problem's type in cuda.source: the cuts of the two kernels, then the dtype.
-_CUTS = re.compile(r"(Cut<[^<>]*>), (Cut<[^<>]*>), (?=\w)")
-
-
-def emitted(chain: Chain, plan: emit_launch.Plan) -> str:
-    """Return the part of the file above the model: `tail_forward(inputs)` and `tail_backward(gy, inputs, needs)`."""
-    compiled = [f"    {dtype}: {_compiled(chain, plan, dtype)!r},".replace("'", '"') for dtype in DTYPES]
-    filled = {
-        "@SOURCE@": _source(chain, plan),
-        "@LAUNCH@": emit_launch.emitted(plan, cuda.FORWARD, cuda.BACKWARD, cuda.TALL),
-        "@COMPILED@": "\n".join(compiled),
+def _inputs(plan: Plan, summed: list[int]) -> dict[str, list[str] | str]:
+    """Return the code that reads each input, and writes or sums its gradient."""
+    values: dict[str, list[str]] = {name: [] for name in ("VALUES", "READ_FIRST", "READ", "UNPACK")}
+    results: dict[str, list[str]] = {name: [] for name in ("SUM", "STORE", "ADD", "FINISH")}
+    registers, elements, gradients = [], [], []
+    for i, view in enumerate(plan.views):
+        width, rows = ("VEC" if view.kind & COLUMN else "1"), view.kind & ROW
+        u, element = ("[u]" if rows else ""), f"a{i}[{'v' if view.kind & COLUMN else '0'}]"
+        registers.append(f"a{i}[{width}]")
+        elements.append(element)
+        values["VALUES"].append(f"Pack<{width}> p{i}{'[C::ROWS]' if rows else ''};")
+        where = "at.ok[u]" if rows else f"first && column < {plan.cols}"
+        at = f"a.in[{i}].data + {plan.offset(i, '/') or '0'}"
+        values["READ" if rows else "READ_FIRST"].append(f"if ({where}) p{i}{u} = load<{width}>({at});")
+        values["UNPACK"].append(f"unpack(T{{}}, in.p{i}{u}, a{i});")
+        if i in summed:
+            size, index = ("VEC", "v") if view.kind & COLUMN else ("Backward::ROWS", "u") if rows else ("1", "0")
+            results["SUM"].append(f"R sum{i}[{size}] = {{}};")
+            results["ADD"].append(f"sum{i}[{index}] += g{i};")
+            results["FINISH"] += _finish(i, view.kind, plan.cols)
+        else:
+            gradients.append(f"g{i}[VEC]")
+            to, partial = f"at.rows[u] * {plan.cols} + at.column, g{i});", f"a.in[{i}].partial"
+            if view.reduced:
+                results["STORE"].append(f"if ({partial} != nullptr) store_partial({partial} + {to}")
+            condition = f"{'else ' if view.reduced else ''}if (a.in[{i}].gradient != nullptr)"
+            results["STORE"].append(f"{condition} store(a.in[{i}].gradient + {to}")
+    targets = [f"g{i}" if i in summed else f"g{i}[v]" for i in range(len(plan.views))]
+    declared = [f"R {', '.join(f'g{i}' for i in summed)};"] if summed else []
+    call = f"chain_backward<GRADIENT_BITS>({', '.join(elements)}, gy[v], {', '.join(targets)});"
+    return {
+        **values,
+        **results,
+        "COMPUTE": [*declared, call, *results["ADD"]],
+        "REGISTERS": ", ".join(registers),
+        "ELEMENTS": ", ".join(elements),
+        "GRADIENTS": ", ".join(gradients),
     }
-    text = _PYTHON
-    for mark, value in filled.items():
-        text = text.replace(mark, value)
-    return text
 
 
-def _problem(chain: Chain, plan: emit_launch.Plan, dtype: torch.dtype) -> str:
-    """Return the chain and the problem as C++ types."""
-    inputs = tuple((dtype, kind) for kind in plan.kinds)
-    text = cuda.source(chain, (dtype, inputs, plan.view.narrow), host=False)
-    return text[text.index("using TheChain") : text.index("\n}\nDUALOP_LIBRARY")]
+def _finish(index: int, kind: int, cols: int) -> list[str]:
+    """Return the lines that add up a block's sums for one input."""
+    each, first = "", "threadIdx.x == 0 && threadIdx.y == 0"
+    total = "threadIdx.y * Backward::X + threadIdx.x, Backward::X * Backward::Y, 1"
+    value, place = "0", "down * Backward::ACROSS + at.across"
+    if kind & COLUMN:
+        each, first = "for (int v = 0; v < VEC; v++)", f"threadIdx.y == 0 && at.column < {cols}"
+        total, value, place = "threadIdx.y, Backward::Y, Backward::X", "v", f"down * {cols} + at.column + v"
+    elif kind & ROW:
+        each, first = "for (int u = 0; u < Backward::ROWS; u++)", "threadIdx.x == 0 && at.ok[u]"
+        total, value, place = "threadIdx.x, Backward::X, 1", "u", "rows[u] * Backward::ACROSS + at.across"
+    return [
+        f"if (a.in[{index}].gradient != nullptr) {{",
+        f"    group_sum(sum{index}, {total});",
+        *(["#pragma unroll"] if each else []),
+        f"    {each} {{" if each else "    {",
+        f"        if ({first}) leave(a.in[{index}], at.{place}, sum{index}[{value}]);",
+        "    }",
+        "}",
+    ]
 
 
-def _compiled(chain: Chain, plan: emit_launch.Plan, dtype: torch.dtype) -> tuple[str, ...]:
-    cuts = _CUTS.search(_problem(chain, plan, dtype))
-    assert cuts is not None
-    return cuda.C_TYPES[dtype], *cuts.groups()
+def _number(value: float) -> str:
+    if abs(value) == float("inf"):
+        return f"{'-' if value < 0 else ''}__builtin_huge_val()"
+    return repr(value)
 
 
-def _source(chain: Chain, plan: emit_launch.Plan) -> str:
-    """Return the kernels in any dtype: DTYPE, FORWARD_CUT and BACKWARD_CUT are defined in front of them."""
-    problem = _CUTS.sub("FORWARD_CUT, BACKWARD_CUT, ", _problem(chain, plan, torch.float32))
-    filled = {
-        "@INDEX@": "int" if plan.view.narrow else "long long",
-        "@HEADERS@": trimmed("library.cuh", problem),
-        "@CHAIN@": str(chain),
-        "@PROBLEM@": re.sub(r"\bfloat\b", "DTYPE", problem),
-    }
-    text = _CUDA
-    for mark, value in filled.items():
-        text = text.replace(mark, value)
-    return text
+def _call(step: Step, member: str, z: str, more: str = "") -> str:
+    numbers = f"<{', '.join(f'number({_number(n)})' for n in step.numbers)}>" if step.numbers else ""
+    if step.operand is not None:
+        z += f", in{step.operand}" if isinstance(step.operand, int) else f", R({_number(step.operand)})"
+    return f"stage::{step.function}{numbers}::{member}<bits>({z}{more})"
+
+
+def _forward(lowered: tuple[Step, ...]) -> list[str]:
+    lines = [f"const R z{i + 1} = {_call(s, 'forward', f'z{i}' if i else 'in0')};" for i, s in enumerate(lowered)]
+    return [*lines, f"return z{len(lowered)};"]
+
+
+def _backward(lowered: tuple[Step, ...], inputs: int, headers: Headers) -> list[str]:
+    """Return the lines of the backward: gradients of one input are added up from the last stage to the first."""
+    z = ["in0", *(f"z{i + 1}" for i in range(len(lowered)))]
+    lines, uses = [], [list[str]() for _ in range(inputs)]
+    for i, step in enumerate(lowered[:-1]):
+        member = "inner" if headers.has_member(step.function, "inner") else "forward"
+        lines.append(f"const R {z[i + 1]} = {_call(step, member, z[i])};")
+    g = "gy"
+    for i, step in reversed([*enumerate(lowered)]):
+        if step.operand is not None:
+            lines.append(f"R e{i};")
+        more = f", {g}" if step.operand is None else f", {g}, e{i}"
+        lines.append(f"const R d{i} = {_call(step, 'backward', z[i], more)};")
+        g = f"d{i}"
+        if isinstance(step.operand, int):
+            uses[step.operand].append(f"e{i}")
+    uses[0].append(g)
+    return [*lines, *(f"g{i} = {' + '.join(use)};" for i, use in enumerate(uses))]

@@ -3,7 +3,7 @@
     text = emit("add | swish | tanh | gelu | hardtanh(-1, 1)", "linear:8192x8192", "cuda")
 
 The file needs torch alone (and nvcc or triton, depending on the backend). It has `ModelNew`, `get_inputs` and
-`get_init_inputs`, the kernels of the library trimmed to what the chain uses, and a small autograd.Function around them.
+`get_init_inputs`, kernels for this layout alone, and a small autograd.Function around them.
 Its form follows KernelBench's rules: it handles no exceptions, draws weights in the order of the written-out model, and
 shows its kernels. It can be executed as a string (CUDA) or imported as a module (either backend).
 """
@@ -21,79 +21,22 @@ from torch import nn
 
 import dualop
 from dualop.emit import cuda as emit_cuda
-from dualop.emit import launch as emit_launch
+from dualop.emit import plan as plans
 from dualop.emit import triton as emit_triton
-from dualop.errors import BackendUnavailable, OperandError, ShapeError
+from dualop.emit.template import Value, filled
+from dualop.errors import BackendUnavailable, DtypeError, OperandError, ShapeError
 from dualop.language.stages import argument_text
 from dualop.nn import parameter_name, starts_with_add, with_bias
-from dualop.numerics.cases import DEFAULT_CHAIN
+from dualop.numerics.cases import DEFAULT_CHAIN, DTYPES
 from dualop.op.callable import Chain
 from dualop.op.callable import chain as make_chain
 
 DEFAULT_MODEL, DEFAULT_BATCH = "linear:8192x8192", 1024  # with the default chain: KernelBench level 2, problem 95
+DEFAULT_DTYPES = ("float32", "bfloat16")
 
 Shape = tuple[int, ...]
 # The kernel languages that a file can be written in, by their backends: what a reader calls them, and who writes it.
 LANGUAGES = {"cuda": ("CUDA", emit_cuda.emitted), "triton": ("Triton", emit_triton.emitted)}
-
-_HEAD = '''"""@WHAT@: forward and backward in @LANGUAGE@ kernels, as a single file.
-
-Written by dualop @VERSION@:
-    @COMMAND@
-
-The kernels are dualop's, without what this chain does not use. The chain runs in float32 in registers (float64 for
-float64) and rounds once. Only its input and operands are kept for backward, which computes the rest again and gives
-all gradients in one go; sums have a fixed order, so results are the same from run to run.
-"""
-
-'''
-
-_TAIL = '''
-
-# ---- the model -------------------------------------------------------------------------------------------------------
-
-
-class Tail(torch.autograd.Function):
-    """@CHAIN@ on (@INPUTS@), all of one dtype."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        z, *operands = inputs = [tensor.contiguous() for tensor in inputs]
-        for view, operand in zip(VIEWS[1:], operands):
-            if (operand.dtype, operand.device, operand.numel()) != (z.dtype, z.device, view.size):
-                raise ValueError(f"an operand {operand.dtype} {tuple(operand.shape)} with z {z.dtype} {tuple(z.shape)}")
-        ctx.save_for_backward(*inputs)
-        return tail_forward(inputs) if z.numel() else torch.empty_like(z)
-
-    @staticmethod
-    def backward(ctx, gy):
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("these gradients have no derivative: use dualop itself for a second one")
-        inputs = ctx.saved_tensors
-        if not gy.numel():
-            return tuple(torch.zeros_like(tensor) for tensor in inputs)
-        return tuple(tail_backward(gy.contiguous(), inputs, ctx.needs_input_grad))
-
-
-class ModelNew(nn.Module):
-    def __init__(@PARAMETERS@):
-        super().__init__()
-@INIT@
-
-    def forward(self, x):
-@FORWARD@
-
-
-@INPUT_SIZES@
-
-
-def get_inputs():
-    return [@GET_INPUTS@]
-
-
-def get_init_inputs():
-    return [@GET_INIT_INPUTS@]
-'''
 
 
 @dataclass(frozen=True)
@@ -118,6 +61,7 @@ def emit(
     bias: bool = True,
     linear: str = "matmul",
     shapes: Mapping[str, Shape] | None = None,
+    dtypes: Sequence[str] = DEFAULT_DTYPES,
 ) -> str:
     """Return the text of the file; the same arguments give the same text.
 
@@ -125,12 +69,16 @@ def emit(
     input:AxBx..., for the chain alone on inputs of this shape. An operand is a parameter, drawn by torch.randn, with
     the shape that `shapes` has for it, or (OUT,): any that broadcasts with (batch, OUT) or AxBx... and varies along
     neighbouring dimensions, such as a channel (C, 1, 1), a row (B, 1) or a number (). Its name is that of dualop.nn.
-    The file takes any batch, unless an operand has the size of one, and for the rest these sizes only. Raises
-    ChainError, ShapeError, OperandError, BackendUnavailable.
+    The launch is decided here, for `batch` and an H100 or H200. The file takes any batch, unless an operand has the
+    size of one, and for the rest these sizes and `dtypes` only. Raises ChainError, ShapeError, DtypeError,
+    OperandError, BackendUnavailable.
     """
     op, given = make_chain(chain), dict(shapes or {})
     if backend not in LANGUAGES:
         raise BackendUnavailable(f"no file can be emitted for backend {backend!r}; there are {', '.join(LANGUAGES)}")
+    for dtype in dtypes or [""]:
+        if dtype not in DTYPES:
+            raise DtypeError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     spec = _model(model, linear, bias, batch)
     if unknown := given.keys() - set(op.operands):
         raise OperandError(f"`{op}` has no operand {', '.join(sorted(unknown))}; it takes {', '.join(op.operands)}")
@@ -151,29 +99,35 @@ def emit(
     elif folded is not None:
         tail, values, tensors = folded, [f"self.{linear}.bias", *values], [(spec.columns,), *every]
     names = [parameter_name(name) for name in tail.operands]
-    plan = emit_launch.plan(shape, dict(zip(tail.operands, tensors, strict=True)))
+    plan = plans.plan(shape, dict(zip(tail.operands, tensors, strict=True)), [DTYPES[d] for d in dtypes])
 
     command = ["dualop", "emit", "--chain", str(op), "--model", model, "--backend", backend]
     command += ["--batch", str(batch)] if spec.linear else []
     command += [] if bias or not spec.linear else ["--no-bias"]
     command += ["--linear", linear] if spec.linear and linear != "matmul" else []
     command += [word for n, s in given.items() for word in ("--operand", f"{n}={shape_text(s)}")]
+    command += ["--dtype", ",".join(dtypes)] if tuple(dtypes) != DEFAULT_DTYPES else []
     language, written = LANGUAGES[backend]
-    filled = {
-        "@WHAT@": f"{op}{' behind a Linear' if spec.linear else ''}",
-        "@LANGUAGE@": language,
-        "@VERSION@": dualop.__version__,
-        "@COMMAND@": shlex.join(command),
-        "@CHAIN@": str(tail),
-        "@INPUTS@": ", ".join(("z", *names)),
-        "@FORWARD@": _lines([*forward, f"return Tail.apply({', '.join((z, *values))})"]),
+    return filled(
+        "model.py.in",
+        WHAT=f"{op}{' behind a Linear' if spec.linear else ''}",
+        LANGUAGE=language,
+        VERSION=dualop.__version__,
+        COMMAND=shlex.join(command),
+        KERNELS=written(tail, plan),
+        CHAIN=str(tail),
+        INPUTS=", ".join(("z", *names)),
+        OPERANDS=", ".join(plan.names) or "there is none",
+        SIZES=str(plan.sizes),
+        TRAILING=str(plan.trailing) if plan.trailing else "",
+        DIMENSIONS=len(plan.trailing),
+        NARROW=plan.layout.narrow,
+        COLS=plan.cols,
+        SHAPES=", ".join(plan.sum_shape(i) for i in range(len(plan.views))),
+        FORWARD=[*forward, f"return Tail.apply({', '.join((z, *values))})"],
         **_constructor(op, spec, every),
         **_inputs(op, spec, every, batch),
-    }
-    text = _HEAD + written(tail, plan) + _TAIL
-    for mark, value in filled.items():
-        text = text.replace(mark, value)
-    return text
+    )
 
 
 def parse_operands(texts: Sequence[str]) -> dict[str, Shape]:
@@ -209,7 +163,7 @@ def _check(operand: str, taken: Sequence[str]) -> None:
         raise OperandError(f"the operand {operand} cannot be the parameter {name}: write another name into the chain")
 
 
-def _constructor(chain: Chain, model: Model, shapes: Sequence[Shape]) -> dict[str, str]:
+def _constructor(chain: Chain, model: Model, shapes: Sequence[Shape]) -> dict[str, Value]:
     """Return the code for ModelNew's parameters and their use, with weights in the order of the written-out model."""
     names = [parameter_name(name) for name in chain.operands]
     parameters = ["self", *(("in_features", "out_features") if model.linear else ()), *(f"{n}_shape" for n in names)]
@@ -231,10 +185,10 @@ def _constructor(chain: Chain, model: Model, shapes: Sequence[Shape]) -> dict[st
             f"if self.{name}.shape != {shape}:",
             f'    raise ValueError(f"{name}_shape {{{name}_shape}} needs other kernels")',
         ]
-    return {"@PARAMETERS@": ", ".join(parameters), "@INIT@": _lines(body) if body else ""}
+    return {"PARAMETERS": ", ".join(parameters), "INIT": body}
 
 
-def _inputs(chain: Chain, model: Model, shapes: Sequence[Shape], batch: int) -> dict[str, str]:
+def _inputs(chain: Chain, model: Model, shapes: Sequence[Shape], batch: int) -> dict[str, Value]:
     names = [f"{parameter_name(name)}_shape" for name in chain.operands]
     if model.linear:
         lines = [f"batch_size = {batch}", f"in_features = {model.shape[0]}", f"out_features = {model.shape[1]}"]
@@ -243,11 +197,7 @@ def _inputs(chain: Chain, model: Model, shapes: Sequence[Shape], batch: int) -> 
     for name, shape in zip(names, shapes, strict=True):
         lines.append(f"{name} = {'(out_features,)' if model.linear and shape == model.shape[1:] else shape}")
     return {
-        "@INPUT_SIZES@": "\n".join(lines),
-        "@GET_INPUTS@": "torch.rand(batch_size, in_features)" if model.linear else "torch.rand(shape)",
-        "@GET_INIT_INPUTS@": ", ".join([*(("in_features", "out_features") if model.linear else ()), *names]),
+        "INPUT_SIZES": lines,
+        "GET_INPUTS": "torch.rand(batch_size, in_features)" if model.linear else "torch.rand(shape)",
+        "GET_INIT_INPUTS": ", ".join([*(("in_features", "out_features") if model.linear else ()), *names]),
     }
-
-
-def _lines(lines: Sequence[str]) -> str:
-    return "\n".join(f"        {line}" for line in lines)

@@ -1,1 +1,1 @@
-"""The language of chains: stages, text, lowering to a program. It knows arithmetic, and neither memory nor backends."""
+"""Define the language of chains: stages, text, lowering to a program. Know arithmetic, not memory nor backends."""

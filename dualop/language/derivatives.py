@@ -1,6 +1,6 @@
-"""First and second derivatives of the stages where torch has no function for them: the formulas of stages.py.
+"""Compute the first and second derivatives of stages for which torch has no function.
 
-All of them are made of torch's differentiable functions, so that torch can differentiate them again.
+All formulas are made of torch's differentiable functions, so that torch can differentiate them again.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.673263242354377284
 
 
 def kept(condition: Tensor, gy: Tensor) -> Tensor:
-    """gy where the condition holds, else zero, also where gy is infinite or NaN."""
+    """Return gy where the condition holds, else zero, also where gy is infinite or NaN."""
     return torch.where(condition, gy, torch.zeros_like(gy))
 
 
 @lru_cache(maxsize=1)
 def clamp_gradient_at_bound() -> float:
-    """1.0 or 0.0: clamp's derivative at its own bounds, which differs between releases of torch.
+    """Return clamp's derivative at its own bounds, 1.0 or 0.0, which differs between releases of torch.
 
-    Asked in a thread of its own: the calling one may be inside an op, a transform or a fake mode.
+    A thread of its own computes it: the calling one may be inside an op, a transform or a fake mode.
     """
 
     def ask() -> float:
@@ -91,7 +91,7 @@ def hardsigmoid(z: Tensor) -> Tensor:
 
 
 def sigmoid_slope(z: Tensor) -> Tensor:
-    """The derivative of sigmoid, without the cancellation of 1 - sigmoid(z)."""
+    """Return the derivative of sigmoid, without the cancellation of 1 - sigmoid(z)."""
     return torch.sigmoid(z) * torch.sigmoid(-z)
 
 
@@ -104,7 +104,7 @@ def hardswish_second(z: Tensor) -> Tensor:
 
 
 def exp_below_zero(z: Tensor, scale: float, inverse: float = 1.0) -> Tensor:
-    """scale * exp(z * inverse) below zero, and zero from 0 on, as torch has it.
+    """Return scale * exp(z * inverse) below zero, and zero from 0 on, as torch has it.
 
     The clamp keeps the exponential that is not taken from overflowing.
     """

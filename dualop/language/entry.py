@@ -1,4 +1,4 @@
-"""What an entry of the table of stages (`dualop/language/table.py`) says: every fact about a stage that anybody needs.
+"""Describe an entry of the table of stages (`dualop/language/table.py`): every fact about a stage.
 
 A fact that is left out is an error when the table is read. A second derivative in particular: a stage without one would
 count as linear, and its double backward would be zero without a word.
@@ -23,7 +23,7 @@ _LARGEST, _INFINITE = 2.0**128 - 2.0**104, 2.0**128 - 2.0**103
 
 
 class PiecewiseLinear(Enum):
-    """The type of PIECEWISE_LINEAR."""
+    """Give PIECEWISE_LINEAR a type."""
 
     PIECEWISE_LINEAR = "piecewise linear"
 
@@ -34,7 +34,7 @@ PIECEWISE_LINEAR = PiecewiseLinear.PIECEWISE_LINEAR
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a stage: a number, or one of `words`. `default` None means that it must be given."""
+    """Describe a parameter of a stage: a number, or one of `words`. A parameter without `default` must be given."""
 
     name: str
     default: Argument | None = None
@@ -49,7 +49,7 @@ class Excuse(NamedTuple):
 
 
 class SameAsReference(Enum):
-    """The type of SAME_AS_REFERENCE."""
+    """Give SAME_AS_REFERENCE a type."""
 
     SAME_AS_REFERENCE = "same as reference"
 
@@ -60,7 +60,7 @@ SAME_AS_REFERENCE = SameAsReference.SAME_AS_REFERENCE
 
 @dataclass(frozen=True)
 class Stage:
-    """One pointwise function.
+    """Hold one pointwise function with every fact about it.
 
     `reference(z, *arguments)` is the definition in torch; for an operand stage the argument is a tensor or a number.
     `gradient(gy, z, *arguments)` is the gradient of z by torch's differentiable functions; for an operand stage the
@@ -155,7 +155,7 @@ class Stage:
 
     @property
     def signature(self) -> str:
-        """How it is written, with defaults: `hardtanh(min_val=-1, max_val=1)`."""
+        """Return how it is written, with defaults: `hardtanh(min_val=-1, max_val=1)`."""
         if self.operand:
             return f"{self.name}(operand)"
         shown = [p.name if p.default is None else f"{p.name}={argument_text(p.default)}" for p in self.parameters]
@@ -185,7 +185,7 @@ def _is_interval(said: object) -> bool:
 
 
 def argument_text(argument: Argument) -> str:
-    """The shortest text that parses to the same argument: -1, 0.5, 1e-05, inf, "tanh"."""
+    """Return the shortest text that parses to the same argument: -1, 0.5, 1e-05, inf, "tanh"."""
     if isinstance(argument, str):
         return f'"{argument}"'
     whole = argument.is_integer() and abs(argument) < 1e6 and str(argument) != "-0.0"

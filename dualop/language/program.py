@@ -1,9 +1,9 @@
-"""What is known of a chain's values before any is seen: the interval that each stage's output lies in.
+"""Lower a chain to the functions that both kernel languages call.
 
-Two uses, both decided here and for both kernel languages: a clamp that cannot clamp is left out, and a gelu behind a
-stage that ends in [-1, 1] takes a polynomial. NaN lies in every interval: it passes a clamp as it passes no clamp.
-Besides, a tanh may be the GPU's approximation where no stage behind it can enlarge a relative error, and silu with tanh
-behind it is one function, since tanh's slope enlarges silu's rounding.
+The interval of each stage's output is known before any value is. So a clamp that cannot clamp is left out, and a gelu
+behind a stage that ends in [-1, 1] takes a polynomial. NaN lies in every interval: it passes a clamp unchanged. A tanh
+may be the GPU's approximation where no later stage can enlarge a relative error, and silu with tanh behind it is one
+function, since tanh's slope enlarges silu's rounding.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SPECIALISED = tuple(name for stage in STAGES.values() for name in stage.speciali
 
 
 class Step(NamedTuple):
-    """A stage as a kernel has it: its function there, the numbers compiled into it, and what an operand stage takes:
+    """Name the kernel function of a stage, with the numbers that are compiled into it.
 
-    the number of an input (0 is x), a float, or None for the other stages.
+    `operand` is what an operand stage takes, the number of an input (0 is x) or a float, and None for other stages.
     """
 
     function: str
@@ -33,18 +33,18 @@ class Step(NamedTuple):
 
 
 def steps(chain: Chain | Slope) -> tuple[Step, ...]:
-    """The chain as the kernels run it. A slope has to have every stage by itself, with its second derivative."""
+    """Return the chain as the kernels run it. In a slope every stage stands by itself, with its second derivative."""
     return tuple(step for step, _ in _lowered(chain))
 
 
 def curved(sloped: Slope) -> frozenset[str]:
-    """The kernel functions of a slope whose stage has a second derivative: so have the specialised ones."""
+    """Return the kernel functions of a slope whose stage has a second derivative, specialised ones among them."""
     return frozenset(step.function for step, stage in _lowered(sloped) if stage.curved)
 
 
 @lru_cache(maxsize=4096)
 def _lowered(chain: Chain | Slope) -> tuple[tuple[Step, Stage], ...]:
-    """Each kernel function of the chain, with the stage that it is, or ends with."""
+    """Return each kernel function of the chain, with the stage that it is, or ends with."""
     sloped = is_slope(chain)
     of, interval = chain.of, EVERYTHING
     found: list[tuple[Step, Stage]] = []
@@ -62,7 +62,7 @@ def _lowered(chain: Chain | Slope) -> tuple[tuple[Step, Stage], ...]:
 
 
 def output(call: Call, interval: Interval) -> Interval:
-    """Where a stage's output lies if its input lies in `interval`; EVERYTHING where nothing is known."""
+    """Return where a stage's output lies if its input lies in `interval`; EVERYTHING where nothing is known."""
     return call.stage.interval(*interval, *call.arguments)
 
 
@@ -80,14 +80,14 @@ def _step(call: Call, chain: Chain, interval: Interval) -> Step:
 
 
 def _joined(before: Step, stage: Stage, step: Step) -> Step | None:
-    """One function for two stages that follow each other, if the kernels have it."""
+    """Return one function for two stages that follow each other, or None if the kernels have none."""
     if before.function != stage.name or step.operand is not None or step.function not in stage.joined:
         return None
     return Step(stage.joined[step.function], before.numbers + step.numbers)
 
 
 def _without_effect(call: Call, interval: Interval) -> bool:
-    """A clamp whose bounds lie outside of the interval by more than the arithmetic is off by."""
+    """Return True for a clamp whose bounds lie outside of the interval by more than the arithmetic is off by."""
     if not call.stage.clips:
         return False
     low, high = output(call, EVERYTHING)

@@ -1,4 +1,4 @@
-"""The interval that a stage's output lies in, for an input in an interval: rules for the table of stages.
+"""Compute the interval of a stage's output from that of its input: rules for the table of stages.
 
 NaN lies in every interval.
 """
@@ -14,19 +14,19 @@ EVERYTHING: Interval = (-math.inf, math.inf)
 
 
 def clipped(low: float, high: float, least: float, most: float) -> Interval:
-    """The interval of a clamp to [least, most]."""
+    """Return the interval of a clamp to [least, most]."""
     return min(max(low, least), most), min(max(high, least), most)
 
 
 def rising(value: Callable[[float], float]) -> Range:
-    """The interval of a function that never falls."""
+    """Return the range of a function that never falls."""
     return lambda low, high: (value(low), value(high))
 
 
 def dip(value: Callable[[float], float], least: float) -> Range:
-    """The interval of a function like silu, whatever its arguments: 0 at minus infinity and at 0, `least` in between,
+    """Return the range of a function like silu, whatever its arguments.
 
-    rising from 0 on to at most `value`.
+    It is 0 at minus infinity and at 0, `least` in between, and rises from 0 on to at most `value`.
     """
     return lambda low, high, *arguments: (least if low < 0 else 0.0, value(high) if high > 0 else 0.0)
 

@@ -1,7 +1,8 @@
-"""The slope of a chain: what its backward computes, gy f'(x), as a chain of its own with x and gy as inputs.
+"""Describe the slope of a chain: what its backward computes, gy f'(x), as a function of x and gy.
 
-Its backward is the double backward of the chain: of v, the gradient of gy f'(x), it makes v gy f''(x) and v f'(x). So a
-second derivative is one more call of the op `dualop::backward`, with all that this op can do, and one more kernel.
+The backward of a slope is the double backward of the chain: from v, the gradient of gy f'(x), it makes v gy f''(x) and
+v f'(x). So a second derivative is one more call of the op `dualop::backward`, with all that this op can do, and one
+more kernel.
 
 Only chains of one variable have one: no tensor operands, and x not an operand. A slope has no slope again: further
 derivatives are torch's, of the formulas in the table of stages.
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Slope:
-    """gy f'(x) for the chain f, `of`: a function of x and the operand gy that is run backward only.
+    """Hold the chain f, `of`, whose gy f'(x) is a function of x and the operand gy that is run backward only.
 
-    It is not a chain: whoever takes it for one would compute f.
+    A slope is not a Chain: code that took it for one would compute f.
     """
 
     of: Chain
@@ -50,7 +51,7 @@ class Slope:
 
 
 def is_slope(chain: Chain | Slope) -> TypeIs[Slope]:
-    """Return True for a slope. Not by its class, which is another one once this module was reloaded."""
+    """Return True for a slope. Its class does not tell, since it is another one after a reload of this module."""
     return chain.order == 2
 
 
@@ -77,10 +78,10 @@ def _has_slope(chain: Chain) -> bool:
 
 
 def slope_gradients(sloped: Slope, v: Tensor, x: Tensor, gy: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """v gy f''(x) and v f'(x), those of them that `needs` asks for, in the tensors' own dtype.
+    """Return v gy f''(x) and v f'(x), those of them that `needs` asks for, in the tensors' own dtype.
 
-    What the kernels do, in torch's differentiable functions: v goes down the chain as the tangent of x; gy comes up it
-    as the gradient, together with the gradient's own tangent.
+    It does what the kernels do, in torch's differentiable functions: v goes down the chain as the tangent of x; gy
+    comes up it as the gradient, together with the gradient's own tangent.
     """
     steps, z, tangent = [], x, v
     for call in sloped.of.calls:

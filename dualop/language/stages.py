@@ -1,4 +1,4 @@
-"""The stages by their names, a stage with its arguments, and how one is made.
+"""Find stages by name, and make calls: a stage with its arguments.
 
 Everything that needs a list of stages (parser, tests, benchmarks, command line) reads `STAGES`.
 """
@@ -25,13 +25,13 @@ ALIASES: dict[str, str] = {alias: stage.name for stage in TABLE for alias in sta
 
 @dataclass(frozen=True)
 class Call:
-    """A stage with its arguments, complete and in order. An operand stage's one argument is a float or a name."""
+    """Hold a stage with its arguments, complete and in order. An operand stage's one argument is a float or a name."""
 
     stage: Stage
     arguments: tuple[Argument, ...] = ()
 
     def numbers(self, dtype: torch.dtype) -> tuple[Argument, ...]:
-        """The arguments for tensors of `dtype`: in float32 arithmetic as the kernels round them, to infinity too.
+        """Return the arguments for tensors of `dtype`: in float32 as the kernels round them, to infinity too.
 
         torch rounds them as well, but refuses those beyond float32's range in some functions.
         """
@@ -39,7 +39,7 @@ class Call:
 
     @property
     def operand(self) -> Argument | None:
-        """What an operand stage takes: a tensor's name, "x", or a number; None for the other stages."""
+        """Return what an operand stage takes, a tensor's name, "x" or a number; None for the other stages."""
         return self.arguments[0] if self.stage.operand else None
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Call:
 
 
 def call(name: str, *positional: Any, **keywords: Any) -> Call:
-    """The stage `name` with arguments as in torch; raises ChainError for what the table does not allow."""
+    """Return the stage `name` with arguments as in torch. Raises ChainError for what the table does not allow."""
     stage = STAGES.get(ALIASES.get(name, name))
     if stage is None:
         raise ChainError(f"unknown stage {name!r}{_nearest(name)}; `dualop stages` lists them all")
@@ -111,7 +111,7 @@ def _nearest(name: str) -> str:
 
 
 def __getattr__(name: str) -> Callable[..., Call]:
-    """`stages.hardtanh(-1, 1)`: a constructor for every stage and alias of the table."""
+    """Return the constructor of a stage or alias of the table, as `stages.hardtanh` in `stages.hardtanh(-1, 1)`."""
     if name in STAGES or name in ALIASES:
         return lambda *arguments, **keywords: call(name, *arguments, **keywords)
     raise AttributeError(f"module 'dualop.stages' has no attribute {name!r}")

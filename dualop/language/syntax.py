@@ -24,13 +24,13 @@ _TOKEN = re.compile(
 
 
 class Chain:
-    """An immutable chain of stages: the calls, the names of the operands that they take, and the canonical text."""
+    """Hold an immutable chain of stages: the calls, the names of the operands, and the canonical text."""
 
     # Values of the class, for Dynamo of torch 2.11 takes the hash of a chain before it is filled.
     calls: tuple[Call, ...] = ()
     operands: tuple[str, ...] = ()
     text: str = ""
-    order = 1  # of the derivative that its backward gives; that of a slope (dualop/slopes.py) gives the second
+    order = 1  # of the derivative that its backward gives; that of a slope (slopes.py) gives the second
 
     def __init__(self, calls: tuple[Call, ...]) -> None:
         if not calls:
@@ -49,7 +49,7 @@ class Chain:
 
     @property
     def of(self) -> Chain:
-        """The chain itself, as a slope's `of` is the chain that it is the slope of."""
+        """Return the chain itself, as a slope's `of` is the chain that it is the slope of."""
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -58,7 +58,7 @@ class Chain:
     __delattr__ = __setattr__  # type: ignore[assignment]
 
     def bind(self, operands: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-        """The operands in the order of `self.operands`; OperandError names what is missing or too much."""
+        """Return the operands in the order of `self.operands`. Raises OperandError for what is missing or too much."""
         given = dict(zip(self.operands, operands, strict=False))
         found = {
             "missing": [n for n in self.operands if n not in given and n not in named],
@@ -104,7 +104,7 @@ def joined(*stages: str | Call | Chain) -> tuple[Call, ...]:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Chain:
-    """The chain that `text` writes. The same text gives the same object."""
+    """Return the chain that `text` writes. The same text gives the same object."""
     return Chain(tuple(_Parser(text).chain()))
 
 

@@ -1,4 +1,4 @@
-"""The one table of stages: every fact about a stage but its kernels; `entry.py` says what an entry may hold.
+"""List the stages: every fact about a stage but its kernels; `entry.py` describes an entry.
 
 The kernels implement the same names in the same order in `cuda/stages/` and `triton_kernels/stages/`.
 """
@@ -341,4 +341,5 @@ TABLE = (
         kinks=(),
         steady=True,
     ),
+    Stage("sin", torch.sin, lambda g, z: g * z.cos(), "sin", second=lambda z: -z.sin(), range=(-1.0, 1.0), kinks=()),
 )

@@ -1,7 +1,8 @@
-"""Every stage: NAME(z, parameters, BITS) -> y, NAME_backward(z, gy, parameters, BITS) -> gz and, unless it is made of
+"""Define every stage, a family a file.
 
-straight lines, NAME_second(z, parameters, BITS), its second derivative. Where the value on the way in a backward can be
-had cheaper, NAME_inner gives it. An operand stage has NAME(z, b, BITS) and NAME_backward(z, b, gy, BITS) -> (gz, gb).
+A stage has NAME(z, parameters, BITS) -> y, NAME_backward(z, gy, parameters, BITS) -> gz and, unless it is piecewise
+linear, NAME_second(z, parameters, BITS), its second derivative. Where a backward can have the value on the way cheaper,
+NAME_inner gives it. An operand stage has NAME(z, b, BITS) and NAME_backward(z, b, gy, BITS) -> (gz, gb).
 `cuda/stages/` has the same files with the same names in the same order with the same formulas;
 `dualop/language/table.py` says what they mean in torch. Gradients at kinks are torch's. Masked gradients are selected,
 not multiplied by 0, so that an infinite gy stays out.

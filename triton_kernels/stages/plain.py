@@ -99,3 +99,18 @@ def exp_backward(z, gy, BITS: tl.constexpr):
 @triton.jit
 def exp_second(z, BITS: tl.constexpr):
     return math.exp(z, BITS)
+
+
+@triton.jit
+def sin(z, BITS: tl.constexpr):
+    return math.sin(z, BITS)
+
+
+@triton.jit
+def sin_backward(z, gy, BITS: tl.constexpr):
+    return gy * math.cos(z, BITS)
+
+
+@triton.jit
+def sin_second(z, BITS: tl.constexpr):
+    return -math.sin(z, BITS)
