@@ -4,12 +4,13 @@
     y = op(x, bias)
 
 The ops `torch.ops.dualop.*` exist once dualop has been imported. Only the command `dualop` imports torch later, so that
-`dualop --help` is quick. Other names are loaded on first use.
+`dualop --help` is quick; without torch, `dualop.machine.doctor` can still be imported. Other names are loaded on first
+use.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -68,5 +69,6 @@ def __dir__() -> list[str]:
 
 
 # The script is called dualop; `python -m dualop` imports this package before it says what it runs.
-if os.path.basename(sys.argv[0] if sys.argv else "") != "dualop" and sys.orig_argv[1:3] != ["-m", "dualop"]:
+_is_command = os.path.basename(sys.argv[0] if sys.argv else "") == "dualop" or sys.orig_argv[1:3] == ["-m", "dualop"]
+if not _is_command and importlib.util.find_spec("torch"):
     importlib.import_module("dualop.op.library")

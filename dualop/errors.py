@@ -1,4 +1,4 @@
-"""Define every error that dualop raises on purpose: a child of `DualopError` and of the built-in type that fits."""
+"""Define the errors that dualop raises: each derives from `DualopError` and from the built-in error that fits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class DualopError(Exception):
-    """Be the base class of all errors of dualop."""
+    """Serve as the base class of every error that dualop raises on purpose."""
 
 
 class ChainError(DualopError, ValueError):
@@ -34,14 +34,14 @@ class DeviceError(DualopError, ValueError):
 
 
 class BackendUnavailable(DualopError, RuntimeError):
-    """Report a named backend that cannot run this call; the message says why, and which backends can."""
+    """Report that no backend, or not the one that was asked for, can run here; the message says why."""
 
 
 class BuildError(DualopError, RuntimeError):
     """Report a compiler that failed.
 
-    `first_error` is the first line of its output that mentions an error, and `log` is the path of the file with all of
-    its output.
+    `first_error` is the first line of the compiler's output that mentions an error. `log` is the path of the file with
+    the whole output, None where there is none.
     """
 
     def __init__(self, message: str, log: Path | None = None, first_error: str = "") -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualop.build import build
+from dualop.build import toolchain
 from dualop.build.build import Build
 from dualop.errors import BackendUnavailable, BuildError, DualopError
 
@@ -28,7 +28,7 @@ KERNEL = """
 __global__ void twice(float* x) { x[threadIdx.x] *= 2.0f; }
 extern "C" int start(float* x) { twice<<<1, 32>>>(x); return static_cast<int>(cudaGetLastError()); }
 """
-needs_nvcc = pytest.mark.skipif(build.cuda_home() is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(toolchain.cuda_home() is None, reason="no nvcc")
 
 
 @pytest.fixture(autouse=True)
@@ -244,7 +244,7 @@ def test_missing_tools_are_all_named(is_host: bool, expected: str, monkeypatch: 
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    monkeypatch.setattr(build, "find_ninja", lambda: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")  # where ninja may lie beside Python
     with pytest.raises(BackendUnavailable, match=expected):
         Build("k", KERNEL, is_host, (9, 0)).load()
 

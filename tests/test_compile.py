@@ -24,7 +24,7 @@ from test_stages import cuda_stages
 import dualop
 from dualop.backends.cuda import _signature as signature_of
 from dualop.backends.cuda import source
-from dualop.build import build, cache
+from dualop.build import build, cache, toolchain
 from dualop.language.program import steps
 from dualop.language.stages import STAGES
 from dualop.launch.layout import layout_of
@@ -118,7 +118,7 @@ ENTRY = re.compile(
 
 def nvcc(text: str, folder: Path) -> str:
     """What ptxas says of every kernel in `text`; kept in the cache by content."""
-    home = build.cuda_home()
+    home = toolchain.cuda_home()
     if home is None:
         pytest.skip("no nvcc")
     compiler = home / "bin" / "nvcc"

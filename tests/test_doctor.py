@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from conftest import ROOT
 
-from dualop.build import build
+from dualop.build import toolchain
 from dualop.launch import tuning
 from dualop.launch.grid import Cut
 from dualop.machine import doctor, probe
@@ -55,7 +56,7 @@ def bin_folder(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(folder))
-    monkeypatch.setattr(build, "USUAL_CUDA", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(toolchain, "USUAL_CUDA", str(tmp_path / "nowhere"))
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "cuda_runtime.h").write_text("")
 
@@ -184,6 +185,8 @@ def test_a_broken_torch(tmp_path, monkeypatch, source, found):
     assert report["GPU"].found == "none"
     assert report["dualop"].found  # the rest is still told
     assert report["backends"].found
+    if "exit" not in source and "kill" not in source:  # the child went on: what does not need torch is examined
+        assert report["triton"].found.startswith(f"{triton.__version__}, ")
 
 
 def test_a_torch_that_hangs(tmp_path, monkeypatch):

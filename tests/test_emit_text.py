@@ -16,7 +16,7 @@ import pytest
 from test_emit import on_host
 
 import dualop
-from dualop.build import build
+from dualop.build import build, toolchain
 from dualop.cli.options import dtypes
 from dualop.emit.file import emit, parse_operands
 from dualop.errors import BackendUnavailable, ChainError, DtypeError, OperandError, ShapeError
@@ -144,18 +144,18 @@ def compile_on_host(text: str, dtype: str, tmp_path: Path) -> None:
     values = (*TYPES[dtype], 4, "Cut<2, 32, 8, 6, 1, 1>", "Cut<2, 32, 8, 4, 1, 2>")
     defined = "".join(f"#define {name} {value}\n" for name, value in zip(names, values, strict=True))
     source.write_text(defined + on_host(text[start : text.index('"""', start)]))
-    command = [str(build.find_cxx()), "-std=c++17", "-fsyntax-only", "-Wall", "-Wno-unknown-pragmas", str(source)]
+    command = [str(toolchain.find_cxx()), "-std=c++17", "-fsyntax-only", "-Wall", "-Wno-unknown-pragmas", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
 
 
-@pytest.mark.skipif(build.cuda_home() is None, reason="no nvcc")
+@pytest.mark.skipif(toolchain.cuda_home() is None, reason="no nvcc")
 def test_its_own_load_inline_builds_it(tmp_path: Path) -> None:
     """In a process of its own, executed as a string, for sm_90, any warning an error; then its library is loaded."""
     (tmp_path / "model.py").write_text(emit())
     for name in ("c10_cuda", "torch_cuda"):  # torch has none on a machine without a GPU
         (tmp_path / f"lib{name}.a").write_bytes(build.EMPTY_ARCHIVE)
-    home = build.cuda_home()
+    home = toolchain.cuda_home()
     runtime = next(path for path in home.glob("**/libcudart.so") if "stubs" not in path.parts)
     code = (
         "import ctypes, sys, torch\n"

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 
 import dualop
-from dualop.build import build, cache, generated
+from dualop.build import build, cache, generated, toolchain
 from dualop.build.build import Build
 from dualop.errors import BackendUnavailable, BuildError
 from dualop.machine import doctor
@@ -37,7 +37,7 @@ needs_root = pytest.mark.skipif(
     or not all(map(_for_everybody, (Path(sys.executable).resolve(), Path(torch.__file__), Path(dualop.__file__)))),
     reason="becomes another user",
 )  # fmt: skip
-needs_nvcc = pytest.mark.skipif(build.cuda_home() is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(toolchain.cuda_home() is None, reason="no nvcc")
 
 
 def host(number: int) -> Build:

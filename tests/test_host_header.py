@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualop.build import build
+from dualop.build import build, toolchain
 from dualop.build.build import Build
 from dualop.build.sources import cuda_header
 
@@ -418,12 +418,12 @@ def test_both_headers_give_the_same_names() -> None:
     assert device - {"put", "get"} <= host
 
 
-@pytest.mark.skipif(build.cuda_home() is None, reason="no nvcc")
+@pytest.mark.skipif(toolchain.cuda_home() is None, reason="no nvcc")
 def test_nvcc_takes_the_same_kernels_without_a_warning(tmp_path: Path) -> None:
     (tmp_path / "kernels.cu").write_text(source("device.cuh"))
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100)]
     flags = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", *build.CUDA_FLAGS]
-    command = [build.cuda_home() / "bin" / "nvcc", *flags, *targets, "-c", "kernels.cu", "-o", "kernels.o"]
+    command = [toolchain.cuda_home() / "bin" / "nvcc", *flags, *targets, "-c", "kernels.cu", "-o", "kernels.o"]
     compiled = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
     assert "warning" not in compiled.stderr
@@ -435,7 +435,7 @@ def test_nvcc_takes_the_same_kernels_without_a_warning(tmp_path: Path) -> None:
 def test_host_compiler(flags: tuple[str, ...], tmp_path: Path) -> None:
     """Without a warning; and a fortified build, the default of some distributions, may switch stacks."""
     (tmp_path / "kernels.cpp").write_text(source("host.cuh"))
-    command = [build.find_cxx(), *build.HOST_FLAGS, *flags, "-shared", "kernels.cpp", "-o", "kernels.so"]
+    command = [toolchain.find_cxx(), *build.HOST_FLAGS, *flags, "-shared", "kernels.cpp", "-o", "kernels.so"]
     compiled = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
     got = np.full((4, 64), -7, np.int32)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dualop.backends.base import GpuBackend, Planned, Progress
-from dualop.build import build, pool
+from dualop.build import build, pool, toolchain
 from dualop.build.sources import cuda_header
 from dualop.errors import BackendUnavailable
 from dualop.language.program import Step, curved, steps
@@ -49,7 +49,7 @@ SPACE = tuning.Space(
     summing=((128, 32), (256, 2), (256, 4), (256, 32), (256, 64)),
 )
 
-_missing_tools = lru_cache(maxsize=2)(build.missing_tools)
+_missing_tools = lru_cache(maxsize=2)(toolchain.missing_tools)
 
 # The result's dtype, the inputs' dtypes and kinds, and whether 32 bits hold every index.
 Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...], bool]

@@ -22,7 +22,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -32,7 +31,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualop.build import cache, locks
+from dualop.build import cache, locks, toolchain
 from dualop.build.locks import cached_property
 from dualop.errors import BackendUnavailable, BuildError
 
@@ -45,7 +44,6 @@ LINK_FLAGS = ("-Wl,--as-needed", "-Wl,--no-undefined", "-Wl,-Bsymbolic")
 # These variables change what a compiler does.
 VARIABLES = ("CC", "CXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "CPLUS_INCLUDE_PATH")
 
-USUAL_CUDA = "/usr/local/cuda"
 EMPTY_ARCHIVE = b"!<arch>\n"
 WRAPPERS = ("ccache", "sccache")
 
@@ -95,7 +93,7 @@ class Build:
         It starts no process and writes nothing. Without a compiler on this machine, the library of any compiler is
         accepted. Raises BackendUnavailable if no architecture is known to compile for.
         """
-        if self._compilers_found():
+        if None not in self._compilers():
             return _opened(self.library)
         try:
             others = sorted(cache.folder().glob(f"{self.prefix}_{self._content}_*/*.so"))
@@ -109,7 +107,7 @@ class Build:
         Raises BackendUnavailable if a tool or an architecture is missing or the cache cannot be written, and
         BuildError, with the first error line and the log, if the compiler fails.
         """
-        missing = missing_tools(self.host)
+        missing = toolchain.missing_tools(self.host)
         if missing:
             raise BackendUnavailable("kernels cannot be compiled here: " + "; ".join(missing))
         with ExitStack() as held:
@@ -178,24 +176,20 @@ class Build:
         return f"-gencode=arch=compute_{number},code=sm_{number}"
 
     def _compilers(self) -> tuple[Path | None, ...]:
-        home = cuda_home()
-        nvcc = home / "bin" / "nvcc" if home else None
-        return (find_cxx(),) if self.host else (nvcc, find_cxx())
-
-    def _compilers_found(self) -> bool:
-        return None not in self._compilers()
+        cxx = toolchain.find_cxx()
+        return (cxx,) if self.host else (toolchain.find_nvcc(), cxx)
 
     def _compile(self) -> None:
         """Compile in a new folder, because children of an earlier, killed build may still write into the old one."""
         try:
-            for left in self.folder.glob("build-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for stale in self.folder.glob("build-*"):
+                shutil.rmtree(stale, ignore_errors=True)
             source = self.folder / ("source.cpp" if self.host else "source.cu")
             source.write_text(self.source, "utf-8")
             work = staging = Path(tempfile.mkdtemp(prefix="build-", dir=self.folder))
         except OSError as error:
             raise cache.unwritable(error) from error
-        said, problem, failure = "", "", None
+        output, problem, failure = "", "", None
         try:
             work = _plain_folder(staging)
             built = self._made(work)
@@ -205,62 +199,59 @@ class Build:
                 os.fsync(file.fileno())  # so that no crash of the machine leaves half a library under its final name
             os.replace(built, self.library)
         except Exception as error:  # load_inline raises anything from ValueError to CalledProcessError
-            problem, failure = _cxx_problem(), error
+            problem, failure = toolchain.cxx_problem(), error
             if isinstance(error, UnicodeError):
                 problem = f"error: a path is not in the encoding of the locale ({error}): set PYTHONUTF8=1\n"
-            said = f"{problem}{error}\n"
+            output = f"{problem}{error}\n"
         finally:
             with suppress(OSError):
-                said = said or (work / "nvcc.log").read_text("utf-8", "replace")
+                output = output or (work / "nvcc.log").read_text("utf-8", "replace")
             for folder in (work, staging):
                 shutil.rmtree(folder, ignore_errors=True)
         for temporary in (work / "main.cpp", work / "cuda.cu"):
-            said = said.replace(str(temporary), str(source))
+            output = output.replace(str(temporary), str(source))
         with suppress(OSError):  # a full disk must not hide the error
-            self.log.write_text(said, "utf-8", "surrogateescape")
+            self.log.write_text(output, "utf-8", "surrogateescape")
         if os.environ.get("DUALOP_VERBOSE", "") not in ("", "0"):
-            print(f"{self.log}:\n{said}", file=sys.stderr)
+            print(f"{self.log}:\n{output}", file=sys.stderr)
         if failure is not None:
-            first = first_error(problem or said)
+            first = first_error(problem or output)
             raise BuildError(f"{first}\n(compiling {source}; the whole log: {self.log})", self.log, first) from failure
 
     def _made(self, work: Path) -> Path:
         """Compile the source in `work` and return the library. Every exception becomes a BuildError."""
-        arch_list = self._architecture if self._architecture and not self._architecture.startswith("-") else None
-        with _one_in_this_process, _prepared(work, None if self.host else cuda_home(), arch_list) as link_flags:
-            return self._load_inline(work, link_flags)
-
-    def _load_inline(self, work: Path, link_flags: list[str]) -> Path:
-        from torch.utils.cpp_extension import load_inline
-
-        # torch reads TORCH_CUDA_ARCH_LIST itself, unless a flag names the architecture.
-        arch_flags = [self._architecture] if self._architecture.startswith("-") else []
+        named = self._architecture.startswith("-")  # a flag names it, else torch reads TORCH_CUDA_ARCH_LIST
+        arch_flags, arch_list = ([self._architecture], "") if named else ([], self._architecture)
         # torch writes the text in the encoding of the locale. Beyond ASCII there are comments only.
         source = self.source.encode("ascii", "backslashreplace").decode()
-        load_inline(
-            self.name,
-            cpp_sources=[source] if self.host else [""],
-            cuda_sources=None if self.host else [source],
-            extra_cflags=list(HOST_FLAGS),
-            extra_cuda_cflags=[*CUDA_FLAGS, *arch_flags],
-            extra_ldflags=[*LINK_FLAGS, *link_flags],
-            build_directory=str(work),
-            no_implicit_headers=True,
-            is_python_module=False,
-        )
+        cuda = None if self.host else toolchain.cuda_home()
+        with _one_in_this_process, _prepared(work, cuda, arch_list) as link_flags:
+            from torch.utils.cpp_extension import load_inline
+
+            load_inline(
+                self.name,
+                cpp_sources=[source] if self.host else [""],
+                cuda_sources=None if self.host else [source],
+                extra_cflags=list(HOST_FLAGS),
+                extra_cuda_cflags=[*CUDA_FLAGS, *arch_flags],
+                extra_ldflags=[*LINK_FLAGS, *link_flags],
+                build_directory=str(work),
+                no_implicit_headers=True,
+                is_python_module=False,
+            )
         # Do not look it up by name: load_inline appends a version when one process builds the same name twice.
         return next(work.glob("*.so"))
 
 
 @contextmanager
-def _prepared(work: Path, cuda: Path | None, arch_list: str | None = None) -> Iterator[list[str]]:
+def _prepared(work: Path, cuda: Path | None, arch_list: str = "") -> Iterator[list[str]]:
     """Set up what load_inline needs during one build, and yield the linker's flags. `cuda` is None on the host."""
     with locks.brief:
         from torch.utils import cpp_extension
 
     # An environment that is not activated has its ninja beside its Python and not on PATH.
     changes = {"PATH": os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))}
-    compiler = cxx_command()
+    compiler = toolchain.cxx_command()
     if compiler != [os.environ.get("CXX", "c++")] or not _PLAIN.fullmatch(compiler[0]):
         # Torch 2.13 reads CXX as one word, torch 2.11 as the text of a command: a script suits both.
         script = work / "c++"
@@ -277,8 +268,8 @@ def _prepared(work: Path, cuda: Path | None, arch_list: str | None = None) -> It
         if not nvcc or KEEPER in nvcc:  # the latter is from a process that was building when it started this one
             nvcc = shlex.quote(str(cuda / "bin" / "nvcc"))
         keeper = work / KEEPER  # load_inline discards the output of a successful compiler
-        said = f'{nvcc} "$@" >nvcc.log 2>&1\nstatus=$?\ncat nvcc.log\nexit $status\n'
-        keeper.write_text(said, "utf-8", "surrogateescape")
+        wrapped = f'{nvcc} "$@" >nvcc.log 2>&1\nstatus=$?\ncat nvcc.log\nexit $status\n'
+        keeper.write_text(wrapped, "utf-8", "surrogateescape")
         changes["PYTORCH_NVCC"] = f"sh {keeper}"
         for name in ("c10_cuda", "torch_cuda"):  # load_inline links against them, and a CPU-only torch has none
             (work / f"lib{name}.a").write_bytes(EMPTY_ARCHIVE)
@@ -325,74 +316,10 @@ def _arch_list() -> str:
     return "" if items == ["native"] else ";".join(items)
 
 
-def missing_tools(host: bool) -> list[str]:
-    """Return what a build lacks on this machine, each with advice; empty if nothing is missing."""
-    missing, chosen = [], os.environ.get("CXX")
-    if find_cxx() is None:
-        missing.append(f"CXX={chosen} is not there: set CXX to a C++ compiler" if chosen else "no g++: install it")
-    if find_ninja() is None:
-        missing.append("no ninja: pip install ninja")
-    if not host and cuda_home() is None:
-        missing.append("no nvcc: install the CUDA toolkit, or set CUDA_HOME to the folder that has bin/nvcc")
-    return missing
-
-
-def cxx_command() -> list[str]:
-    """Return the words of the C++ compiler's command from CXX, or CXX as one word if it is a program as a whole."""
-    text = os.environ.get("CXX") or "c++"
-    words = [text]
-    if _which(text) is None:
-        with suppress(ValueError):  # a quotation mark without its partner
-            words = shlex.split(text) or ["c++"]
-    if os.sep in words[0]:  # ninja starts it in another folder
-        words[0] = os.path.abspath(words[0])
-    return words
-
-
-def _cxx_problem() -> str:
-    """Return why the C++ compiler cannot be started, else ""."""
-    try:
-        done = subprocess.run([*cxx_command(), "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{error}\n"
-    return (done.stderr or done.stdout).decode(errors="replace") if done.returncode else ""
-
-
-def find_cxx() -> Path | None:
-    """Return the path of the C++ compiler that a build calls; of CXX="ccache g++" it is the first word."""
-    return _which(cxx_command()[0])
-
-
-def find_ninja() -> Path | None:
-    """Return the path of ninja on PATH, or beside this Python."""
-    return _which("ninja") or _which("ninja", sysconfig.get_path("scripts"))
-
-
-def cuda_home() -> Path | None:
-    """Return the root of the CUDA toolkit: CUDA_HOME or CUDA_PATH, else that of the nvcc on PATH, else the usual place.
-
-    An nvcc on PATH may be a script that calls the real one, so a root counts only with CUDA's headers in it.
-    """
-    chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if chosen:
-        return Path(chosen) if (Path(chosen) / "bin" / "nvcc").is_file() else None
-    nvcc = _which("nvcc")
-    for root in (nvcc.resolve().parents[1] if nvcc else Path(USUAL_CUDA), Path(USUAL_CUDA)):
-        headers = (root / "include", *root.glob("targets/*/include"))
-        if (root / "bin" / "nvcc").is_file() and any((folder / "cuda_runtime.h").is_file() for folder in headers):
-            return root
-    return None
-
-
 def first_error(log: str) -> str:
     """Return the first line of a compiler's output that mentions an error, else its last line that is not empty."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "no output")
-
-
-def _which(name: str, path: str | None = None) -> Path | None:
-    found = shutil.which(name, path=path)
-    return Path(found) if found else None
 
 
 def _opened(library: Path) -> ctypes.CDLL | None:

@@ -1,12 +1,12 @@
 """Find the folder where builds, generated Triton files and tuned launches are kept, or a substitute for it.
 
-    folder()            DUALOP_CACHE_DIR, else the user's cache folder, else a private temporary folder
-    found()             the same without a warning, for `dualop doctor`
-    write(path, text)   writes a file that other processes read: it is complete or not there
-    unwritable(error)   the error to raise when writing there failed
+    folder()            returns DUALOP_CACHE_DIR, else the user's cache folder, else a private temporary folder
+    found()             returns the same without a warning, for `dualop doctor`
+    write(path, text)   writes a file atomically: other processes see all of it or nothing
+    unwritable(error)   returns the error to raise when writing there failed
 
 A container may run as a user without a name and a home, or with the home of another user. Then the folder is
-`dualop-UID` in the folder for temporary files, for this user alone, and a warning says so once.
+`dualop-UID` in the folder for temporary files, for this user alone, and a warning says so once per process.
 """
 
 from __future__ import annotations
@@ -78,21 +78,13 @@ def found() -> tuple[Path, str]:
 @lru_cache(maxsize=8)
 def _of_user(variables: tuple[str | None, ...]) -> tuple[Path, str]:
     try:
-        path = _usual()
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "dualop"
         if usable(path):
             return path, ""
         problem = f"{path} cannot be used"
-    except (RuntimeError, OSError, KeyError) as error:  # what platformdirs and pathlib raise for a user without a home
+    except (RuntimeError, OSError) as error:  # a user without a home; a working directory that was deleted
         problem = f"this user has no cache folder ({error})"
     return _private(problem), problem
-
-
-def _usual() -> Path:
-    try:
-        import platformdirs
-    except ImportError:  # a checkout on a machine where nothing can be installed
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualop"
-    return Path(platformdirs.user_cache_dir("dualop")).absolute()
 
 
 def _private(problem: str) -> Path:

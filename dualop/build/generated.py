@@ -1,4 +1,4 @@
-"""Write generated Python to the cache under a name of its content, and import it from there, where Triton reads it."""
+"""Write generated Python to a file of the cache, named after its content, and import it: Triton reads the file."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def imported(text: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with locks.brief:  # the first one imports triton
+    with locks.brief:  # the first generated module imports triton
         spec.loader.exec_module(module)
     return module

@@ -1,10 +1,10 @@
-"""Provide locks that a forked child does not inherit closed.
+"""Provide locks that a forked child never finds locked.
 
-fork copies the state of a lock, but not the thread that would open it.
+fork copies the state of a lock, but not the thread that would release it.
 
-    with locks.brief:               a moment's work (a list changed, a module imported): fork waits for its end
-    with locks.file(path):          one process at a time; the kernel opens it when its holder dies
-    locks.in_child(function)        what else a module has to put right in a forked child
+    with locks.brief:               for a short step (change a list, import a module): fork waits until it has ended
+    with locks.file(path):          for one process at a time; the kernel releases it when its holder dies
+    locks.in_child(function)        registers what else a module must repair in a forked child
 
 A build takes minutes, so fork does not wait for one: the child gets a new lock and undoes what the build had changed.
 """
@@ -20,8 +20,8 @@ from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
 
-# There is one lock for all: its holder waits for nothing but an import, so fork may wait for it.
-# An import is one of its cases, since a child waits for ever for a module whose importing thread it does not have.
+# All modules share one lock: its holder waits for nothing but an import, so fork may wait for it.
+# It covers imports, because a child would wait forever for a module that a thread of its parent was importing.
 brief = threading.RLock()
 
 _files: set[int] = set()  # descriptors whose locks this process holds or waits for
@@ -35,10 +35,10 @@ def in_child(function: Callable[[], object]) -> None:
 
 @contextmanager
 def file(path: str | Path) -> Iterator[None]:
-    """Hold the lock of a file, which is created if needed and stays. Raises OSError where there can be no lock."""
+    """Hold the lock of a file, which is created if needed and stays. Raises OSError if it cannot be locked."""
     import fcntl
 
-    with brief:  # a child that had the descriptor and did not know of it would keep the lock for its own lifetime
+    with brief:  # a child that inherits a descriptor outside of `_files` would keep the lock as long as it lives
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         _files.add(descriptor)
     try:
@@ -46,7 +46,7 @@ def file(path: str | Path) -> Iterator[None]:
         yield
     finally:
         with brief:
-            if descriptor in _files:  # else this is a child, forked within
+            if descriptor in _files:  # otherwise this is a child that was forked meanwhile, and it has closed its copy
                 _files.remove(descriptor)
                 os.close(descriptor)
 
@@ -62,7 +62,7 @@ in_child(_close_files)
 
 
 class cached_property(Generic[T]):
-    """Provide functools.cached_property of Python 3.12; earlier ones hold a lock that a forked child inherits."""
+    """Behave as functools.cached_property does since Python 3.12: earlier ones hold a lock that a child inherits."""
 
     def __init__(self, function: Callable[[Any], T]) -> None:
         self.function, self.__doc__ = function, function.__doc__
@@ -77,5 +77,5 @@ class cached_property(Generic[T]):
     def __get__(self, instance: object | None, owner: type) -> Any:
         if instance is None:
             return self
-        value = vars(instance)[self.name] = self.function(instance)  # found before this descriptor from now on
+        value = vars(instance)[self.name] = self.function(instance)  # Python will find it before this descriptor
         return value

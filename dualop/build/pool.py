@@ -1,4 +1,4 @@
-"""Run one function on many tasks in processes of their own, which is how compilers are called."""
+"""Run one function on many tasks, each in a process of a pool: several compilers run at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def each(
 
     if not tasks:
         return
-    # Processes are spawned, since a forked child of a process that has used a GPU cannot use it.
+    # Spawn the processes: a forked child of a process that has used a GPU cannot use it.
     with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1, most), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(function, *task) for task in tasks]
         for done, _ in enumerate(as_completed(futures), 1):

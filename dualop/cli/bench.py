@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from dualop.cli import options, output
-from dualop.cli.options import DEFAULT_CHAIN, Backends, Dtypes, Json, Operand, Seed
+from dualop.cli.options import DEFAULT_CHAIN, Backends, Dtypes, Json, Operand, Seed, Shapes
 
 
 def bench(
     backend: Backends = "all",
     chain: Annotated[str, typer.Option(help="What to run.")] = DEFAULT_CHAIN,
-    shape: Annotated[str, typer.Option(help="Several with commas (16384x8192; on the CPU 64x256).")] = "",
+    shape: Shapes = "",
     dtype: Dtypes = "float32,bfloat16",
     operand: Operand = "last",
     problem: Annotated[str, typer.Option(help="linear95: the whole model, nn.Linear and the chain behind it.")] = "",

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 DEFAULT_CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results to FILE, too.")]
-Backends = Annotated[str, typer.Option("--backend", help="cuda, triton, reference, several with commas, or all.")]
+Backends = Annotated[str, typer.Option("--backend", help="Those that `dualop doctor` lists, with commas, or all.")]
 Dtypes = Annotated[str, typer.Option("--dtype", help="Several with commas, or all.")]
 Operand = Annotated[
     str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
 ]
+Shapes = Annotated[str, typer.Option("--shape", help="Several with commas (16384x8192; a small one on the CPU).")]
 Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
 
 

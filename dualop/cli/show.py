@@ -12,13 +12,14 @@ from dualop.cli import output
 
 def show(
     chain: Annotated[str, typer.Argument(metavar="CHAIN")],
-    backend: Annotated[str, typer.Option(help="cuda, triton or reference.")] = "cuda",
+    backend: Annotated[str, typer.Option(help="One that `dualop doctor` lists (the first).")] = "",
 ) -> None:
     """Print the source that a backend compiles for a chain."""
     import dualop
     from dualop.backends.registry import BACKENDS
     from dualop.errors import BackendUnavailable
 
+    backend = backend or next(iter(BACKENDS))
     if backend not in BACKENDS:
         raise BackendUnavailable(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     source = BACKENDS[backend].source(dualop.chain(chain))
@@ -26,7 +27,7 @@ def show(
     if out.is_terminal:
         from rich.syntax import Syntax
 
-        out.print(Syntax(source, "cuda" if backend == "cuda" else "python"))
+        out.print(Syntax(source, "cuda" if "__global__" in source else "python"))
     else:
         typer.echo(source, nl=not source.endswith("\n"))
 

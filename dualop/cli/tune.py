@@ -8,17 +8,15 @@ from typing import Annotated
 import typer
 
 from dualop.cli import options, output
-from dualop.cli.options import DEFAULT_CHAIN, Dtypes, Json, Operand, Seed
+from dualop.cli.options import DEFAULT_CHAIN, Backends, Dtypes, Json, Operand, Seed, Shapes
 
 NO_GPU = "a search needs a GPU, and torch sees none; with DUALOP_INTERPRET=1 it times interpreted kernels"
 
 
 def tune(
-    backend: Annotated[
-        str, typer.Option(help="cuda, triton, both with a comma, or all that have launches to choose.")
-    ] = "all",
+    backend: Backends = "all",
     chain: Annotated[str, typer.Option(help="What to search for.")] = DEFAULT_CHAIN,
-    shape: Annotated[str, typer.Option(help="Several with commas (16384x8192; on the CPU 8x64).")] = "",
+    shape: Shapes = "",
     dtype: Dtypes = "float32,bfloat16",
     operand: Operand = "last",
     direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import dualop
 from dualop import versions
-from dualop.build import build, cache
+from dualop.build import cache, toolchain
 from dualop.errors import DualopError
 from dualop.machine import probe
 
@@ -39,13 +39,9 @@ SWITCHES = ("DUALOP_INTERPRET", "DUALOP_NATIVE", "DUALOP_VERBOSE")
 # The first CUDA toolkit whose nvcc knows the architecture, by the major number of the compute capability.
 FIRST_TOOLKIT = {8: (11, 1), 9: (11, 8), 10: (12, 8), 11: (13, 0), 12: (12, 8)}
 
-MISSING = {
-    "nvcc": "for the cuda backend on a GPU: install the CUDA toolkit, and put its bin/ on PATH or set CUDA_HOME",
-    "ninja": "for the cuda backend: pip install ninja",
-    "g++": "for the cuda backend and for triton's launcher: apt-get install g++, or set CXX to a C++ compiler",
-}
-
 WALK_SECONDS = 1.0
+
+Facts = dict[str, Any]  # what `probe.facts` answers
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,7 @@ def examine() -> Report:
     """Examine everything. It never raises, changes nothing, and waits no longer than the limits in probe.py."""
     with ThreadPoolExecutor(max_workers=5) as pool:
         asked_facts, asked_driver = pool.submit(probe.facts), pool.submit(probe.nvidia_smi)
-        finders = {"nvcc": _find_nvcc, "ninja": build.find_ninja, "g++": build.find_cxx}
-        asked_tools = {name: pool.submit(probe.tool, find) for name, find in finders.items()}
+        asked_tools = {name: pool.submit(probe.tool, tool.find) for name, tool in toolchain.TOOLS.items()}
         cache = _guarded("cache folder", _cache_rows)
         facts, listed = asked_facts.result(), asked_driver.result()
         tools = {name: asked.result() for name, asked in asked_tools.items()}
@@ -86,14 +81,14 @@ def examine() -> Report:
             Row("python", f"{platform.python_version()}, {sys.executable}"),
             *_guarded("GPU", lambda: _gpu_rows(facts, listed)),
             *_guarded("driver", lambda: _driver_rows(listed)),
-            *_guarded("torch", lambda: _torch_rows(facts)),
-            *_guarded("triton", lambda: _triton_rows(facts)),
+            *_answered("torch", "torch", facts, _torch_rows, "pip install 'torch>=2.11'"),
+            *_answered("triton", "triton", facts, _triton_rows, "pip install 'triton>=3.6'"),
             *_guarded("tools", lambda: _tool_rows(tools, facts)),
             *cache,
-            *_guarded("launches", lambda: _launch_rows(facts)),
+            *_answered("launches", "tuned", facts, _launch_rows),
             *_guarded("environment", lambda: _environment_rows(facts)),
-            *_guarded("backends", lambda: _backend_rows(facts)),
-            *_guarded("native", lambda: _native_rows(facts)),
+            *_answered("backends", "backends", facts, _backend_rows, "see the rows above"),
+            *_answered("native", "native", facts, _native_rows, "see the rows above"),
         )
     )
 
@@ -125,7 +120,15 @@ def _guarded(item: str, rows: Callable[[], Iterator[Row]]) -> list[Row]:
         return [Row(item, f"could not be examined: {type(error).__name__}: {error}")]
 
 
-def _error(facts: dict[str, Any], step: str) -> str:
+def _answered(
+    item: str, step: str, facts: Facts, rows: Callable[[Facts], Iterator[Row]], repair: str = ""
+) -> list[Row]:
+    """Return the rows that need this step of the probe, or one row with its error and how to repair it."""
+    error = _error(facts, step)
+    return [Row(item, error, repair)] if error else _guarded(item, lambda: rows(facts))
+
+
+def _error(facts: Facts, step: str) -> str:
     """Return why a step of the probe found nothing, or ""."""
     fact = facts.get(step)
     if fact is None:
@@ -133,7 +136,7 @@ def _error(facts: dict[str, Any], step: str) -> str:
     return str(fact.get("error", "")) if isinstance(fact, dict) else ""
 
 
-def _gpu_rows(facts: dict[str, Any], listed: list[dict[str, str]]) -> Iterator[Row]:
+def _gpu_rows(facts: Facts, listed: list[dict[str, str]]) -> Iterator[Row]:
     gpus = facts.get("gpus")
     if isinstance(gpus, list) and gpus:
         for index, gpu in enumerate(gpus):
@@ -150,7 +153,7 @@ def _gpu_rows(facts: dict[str, Any], listed: list[dict[str, str]]) -> Iterator[R
         yield Row("GPU", "none", "kernels run interpreted on CPU tensors only: DUALOP_INTERPRET=1 before the start")
 
 
-def _why_torch_sees_none(facts: dict[str, Any], listed: list[dict[str, str]]) -> str:
+def _why_torch_sees_none(facts: Facts, listed: list[dict[str, str]]) -> str:
     if _error(facts, "torch"):
         return "repair torch first"
     if facts["torch"]["cuda"] is None:
@@ -182,10 +185,7 @@ def _on_the_bus() -> bool:
     return False
 
 
-def _torch_rows(facts: dict[str, Any]) -> Iterator[Row]:
-    if error := _error(facts, "torch"):
-        yield Row("torch", error, "pip install 'torch>=2.11'")
-        return
+def _torch_rows(facts: Facts) -> Iterator[Row]:
     torch = facts["torch"]
     kind = f"built for CUDA {torch['cuda']}" if torch["cuda"] else "CPU build"
     yield Row("torch", f"{torch['version']}, {kind}, {Path(torch['file']).parent}", _tested("torch", torch["version"]))
@@ -204,29 +204,21 @@ def _tested(package: str, version: str) -> str:
     return f"not tested; tested are {versions.listed(tested)}"
 
 
-def _triton_rows(facts: dict[str, Any]) -> Iterator[Row]:
-    if error := _error(facts, "triton"):
-        yield Row("triton", error, "for the triton backend: pip install 'triton>=3.6'")
-        return
+def _triton_rows(facts: Facts) -> Iterator[Row]:
     triton = facts["triton"]
     yield Row("triton", f"{triton['version']}, {Path(triton['file']).parent}", _tested("triton", triton["version"]))
 
 
-def _find_nvcc() -> Path | None:
-    home = build.cuda_home()
-    return home / "bin" / "nvcc" if home else None
-
-
-def _tool_rows(tools: dict[str, probe.Tool], facts: dict[str, Any]) -> Iterator[Row]:
+def _tool_rows(tools: dict[str, probe.FoundTool], facts: Facts) -> Iterator[Row]:
     gpus = facts.get("gpus")
     major = gpus[0]["capability"][0] if isinstance(gpus, list) and gpus else 0
     first = FIRST_TOOLKIT.get(major, (0, 0))
     for name, tool in tools.items():
+        missing = toolchain.TOOLS[name].advice
         if tool.path is None:
-            asked = f"none for CXX={os.environ['CXX']}" if name == "g++" and os.environ.get("CXX") else "none"
-            yield Row(name, tool.problem or asked, MISSING[name])
+            yield Row(name, tool.problem or f"none{toolchain.asked_for(name)}", missing)
         elif tool.problem:
-            yield Row(name, f"{tool.path}: {tool.problem}", f"it does not work; {MISSING[name]}")
+            yield Row(name, f"{tool.path}: {tool.problem}", f"it does not work; {missing}")
         else:
             old = name == "nvcc" and versions.of(tool.version) < first
             advice = f"compute capability {major}.x needs a CUDA toolkit {first[0]}.{first[1]} or newer" if old else ""
@@ -272,15 +264,12 @@ def _contents(folder: Path) -> str:
     return f"{more}{builds} {'build' if builds == 1 else 'builds'}, {more}{size / 2**20:.1f} MiB"
 
 
-def _launch_rows(facts: dict[str, Any]) -> Iterator[Row]:
-    if error := _error(facts, "tuned"):
-        yield Row("launches", error)
-        return
+def _launch_rows(facts: Facts) -> Iterator[Row]:
     count, file = facts["tuned"]["launches"], facts["tuned"]["file"]
     yield Row("launches", f"{count} found by `dualop tune`, {file}" if count else "by the heuristic")
 
 
-def _environment_rows(facts: dict[str, Any]) -> Iterator[Row]:
+def _environment_rows(facts: Facts) -> Iterator[Row]:
     names = () if _error(facts, "backends") else ("auto", *facts["backends"])
     mine = {name: value for name, value in sorted(os.environ.items()) if name.startswith("DUALOP_")}
     if not mine:
@@ -296,10 +285,7 @@ def _environment_rows(facts: dict[str, Any]) -> Iterator[Row]:
         yield Row(name, value, advice)
 
 
-def _backend_rows(facts: dict[str, Any]) -> Iterator[Row]:
-    if error := _error(facts, "backends"):
-        yield Row("backends", error, "see the rows above")
-        return
+def _backend_rows(facts: Facts) -> Iterator[Row]:
     for name, answer in facts["backends"].items():
         if answer["reasons"]:
             yield Row(f"backend {name}", "does not run here", "; ".join(answer["reasons"]))
@@ -307,11 +293,8 @@ def _backend_rows(facts: dict[str, Any]) -> Iterator[Row]:
             yield Row(f"backend {name}", "runs here, interpreted" if answer["interpreted"] else "runs here")
 
 
-def _native_rows(facts: dict[str, Any]) -> Iterator[Row]:
+def _native_rows(facts: Facts) -> Iterator[Row]:
     """Return the rows of the extension that replays known calls without Python (dualop/replay)."""
-    if error := _error(facts, "native"):
-        yield Row("native", error, "see the rows above")
-        return
     native = facts["native"]
     if not native["on"]:
         yield Row("native", f"off: {native['why']}")

@@ -31,14 +31,12 @@ _MARK = "dualop-probe "
 
 
 def facts() -> dict[str, Any]:
-    """Return the answers of `answer_all` from a child that runs this Python with this sys.path.
+    """Return the answers of `answer_all` from a child that runs this file with this Python and this sys.path.
 
     The keys are those of STEPS. A step that failed has `{"error": why}` instead, and so has the one in which the child
     died; the steps after that one are missing.
     """
-    script = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
-    script += "from dualop.machine import probe; probe.answer_all()"
-    status, out, err = run([sys.executable, "-c", script, json.dumps(sys.path)], FACTS_SECONDS)
+    status, out, err = run([sys.executable, __file__, json.dumps(sys.path)], FACTS_SECONDS)
     answers: dict[str, Any] = {}
     begun = "torch"
     for line in out.splitlines():
@@ -72,11 +70,9 @@ def _torch() -> dict[str, Any]:
 
 def _private() -> list[str]:
     """Return the purposes that fall back, because this torch has other private names."""
-    from dualop import torch_private
-
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # dualop tries the names out on a torch that is not tested
         warnings.simplefilter("ignore")
-        import dualop.op.library  # noqa: F401  (tries the names out on a torch that is not tested)
+        from dualop import torch_private
     return [f"{p.why_not}; {p.fallback}" for p in torch_private.PURPOSES if not p.works]
 
 
@@ -93,9 +89,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _triton() -> dict[str, Any]:
-    import dualop.backends.mode  # noqa: F401  (decides whether triton starts as its interpreter; too late afterwards)
-
-    import triton  # isort: skip
+    import triton
 
     return {"version": str(triton.__version__), "file": triton.__file__}
 
@@ -131,40 +125,37 @@ def _native() -> dict[str, Any]:
 STEPS: dict[str, Callable[[], Any]] = {
     "torch": _torch,
     "gpus": _gpus,
-    "triton": _triton,
-    "backends": _backends,
     "private": _private,
+    "triton": _triton,  # after dualop was imported, which decides whether triton starts as its interpreter
+    "backends": _backends,
     "tuned": _tuned,
     "native": _native,
 }
 
 
 @dataclass(frozen=True)
-class Tool:
-    """Describe a program that builds need.
-
-    `path` is None where it is missing, and `problem` says why it does not answer.
-    """
+class FoundTool:
+    """Hold what a compiler answers: `path` is None where it is missing; `problem` says why it does not answer."""
 
     path: Path | None
     version: str = ""
     problem: str = ""
 
 
-def tool(find: Callable[[], Path | None]) -> Tool:
+def tool(find: Callable[[], Path | None]) -> FoundTool:
     """Ask the program that `find` finds for its version."""
     try:
         path = find()
     except Exception as error:  # CXX may hold what no shell would read
-        return Tool(None, problem=str(error))
+        return FoundTool(None, problem=str(error))
     if path is None:
-        return Tool(None)
+        return FoundTool(None)
     status, out, err = run([str(path), "--version"], TOOL_SECONDS)
     if status != 0:
-        return Tool(path, problem=next(iter((err or out).strip().splitlines()), f"exit status {status}"))
+        return FoundTool(path, problem=next(iter((err or out).strip().splitlines()), f"exit status {status}"))
     # nvcc says "release 13.0, V13.0.88", g++ "g++ (Debian 12.2.0-14) 12.2.0", ninja just "1.11.1".
     version = re.search(r"release (\d+(?:\.\d+)+)", out) or re.search(r"(?:^|\s)(\d+(?:\.\d+)+)", out)
-    return Tool(path, version[1] if version else "")
+    return FoundTool(path, version[1] if version else "")
 
 
 def nvidia_smi() -> list[dict[str, str]]:
@@ -206,3 +197,8 @@ def run(command: list[str], seconds: float) -> tuple[int | None, str, str]:
         except (OSError, subprocess.TimeoutExpired):
             out, err = "", ""
         return None, out, f"no answer within {seconds:g} s\n{err}"
+
+
+if __name__ == "__main__":  # the child, which must not import dualop, and torch with it, before the step "torch"
+    sys.path[:] = json.loads(sys.argv[1])
+    answer_all()

@@ -32,7 +32,7 @@ import torch
 from torch.autograd import forward_ad
 
 from dualop import torch_private
-from dualop.build import build, locks
+from dualop.build import build, locks, toolchain
 
 SOURCES = ("tensors.h", "triton.h", "call.h", "module.cpp")
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -55,7 +55,7 @@ class Extension(build.Build):
 
     def _made(self, work: Path) -> Path:
         made, root = work / f"{self.name}.so", Path(torch.__file__).parent
-        compiler, source = build.cxx_command(), str(self.folder / "source.cpp")
+        compiler, source = toolchain.cxx_command(), str(self.folder / "source.cpp")
         headers = (f"-I{sysconfig.get_path('include')}", "-isystem", str(root / "include"))
         command = [*compiler, *FLAGS, *headers, source, "-o", str(made), f"-L{root / 'lib'}", *LIBRARIES]
         status, said = _run(command)
@@ -96,7 +96,7 @@ def extension() -> Extension:
 def missing() -> list[str]:
     """Return what keeps this machine from compiling the extension, each with advice."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    return [*build.missing_tools(True), *([] if header.is_file() else [f"no {header}: install Python's headers"])]
+    return [*toolchain.missing_tools(True), *([] if header.is_file() else [f"no {header}: install Python's headers"])]
 
 
 def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any], first: Any) -> Any:
