@@ -28,12 +28,13 @@ class Tool(NamedTuple):
 def missing_tools(host: bool) -> list[str]:
     """Return what a build lacks on this machine, each with advice; empty if nothing is missing. nvcc is for GPUs."""
     lacking = [name for name, tool in TOOLS.items() if not (host and name == "nvcc") and tool.find() is None]
-    return [f"no {name}{asked_for(name)}: {TOOLS[name].advice}" for name in lacking]
+    return [f"{wrong_choice(name) or f'no {name}'}: {TOOLS[name].advice}" for name in lacking]
 
 
-def asked_for(name: str) -> str:
-    """Return " for CXX=..." if the environment names the C++ compiler and `name` is "g++", else ""."""
-    return f" for CXX={os.environ['CXX']}" if name == "g++" and os.environ.get("CXX") else ""
+def wrong_choice(name: str) -> str:
+    """Return what to say of a missing C++ compiler that CXX names; "" if the environment chooses no such tool."""
+    chosen = os.environ.get("CXX") if name == "g++" else None
+    return f"CXX={chosen} is not there" if chosen else ""
 
 
 def cxx_command() -> list[str]:

@@ -216,7 +216,7 @@ def _tool_rows(tools: dict[str, probe.FoundTool], facts: Facts) -> Iterator[Row]
     for name, tool in tools.items():
         missing = toolchain.TOOLS[name].advice
         if tool.path is None:
-            yield Row(name, tool.problem or f"none{toolchain.asked_for(name)}", missing)
+            yield Row(name, tool.problem or toolchain.wrong_choice(name) or "none", missing)
         elif tool.problem:
             yield Row(name, f"{tool.path}: {tool.problem}", f"it does not work; {missing}")
         else:
