@@ -24,6 +24,7 @@ from dualop.launch.grid import Cut, Grid
 from dualop.launch.layout import Layout, layout_of
 
 Progress = Callable[[int, int], None]
+Needs = tuple[bool, ...] | None  # which gradients of (x, *operands) a backward kernel gives; None: forward
 NO_GPU = "no GPU that torch can use; set DUALOP_INTERPRET=1 to run its kernels on CPU tensors"
 
 
@@ -148,14 +149,9 @@ class GpuBackend(Backend):
 
     @abstractmethod
     def launch(
-        self,
-        chain: Chain | Slope,
-        layout: Layout,
-        needs: tuple[bool, ...] | None,
-        cut: Cut | None,
-        tensors: Sequence[Tensor],
+        self, chain: Chain | Slope, layout: Layout, needs: Needs, cut: Cut | None, tensors: Sequence[Tensor]
     ) -> Launch:
-        """Return the launch of the forward kernel (`needs` is None) or of the backward kernel with these gradients.
+        """Return the launch of the forward kernel, or of the backward kernel with these gradients.
 
         `tensors` are what it reads and writes in full: y or gy, then x and the operands.
         """

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dualop.backends.base import GpuBackend, Planned, Progress
+from dualop.backends.base import GpuBackend, Needs, Planned, Progress
 from dualop.build import build, pool, toolchain
 from dualop.build.sources import cuda_header
 from dualop.errors import BackendUnavailable
@@ -252,12 +252,7 @@ class Cuda(GpuBackend):
         return source(chain, (torch.float32, _plain_inputs(chain), True), host=False)
 
     def launch(
-        self,
-        chain: Chain | Slope,
-        layout: Layout,
-        needs: tuple[bool, ...] | None,
-        cut: Cut | None,
-        tensors: Sequence[Tensor],
+        self, chain: Chain | Slope, layout: Layout, needs: Needs, cut: Cut | None, tensors: Sequence[Tensor]
     ) -> Launch:
         direction = "forward" if needs is None else "backward"
         return _launch(chain, layout, tuple(t.dtype for t in tensors[1:]), direction, _aligned(layout, tensors), cut)

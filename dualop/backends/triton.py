@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualop.backends.base import GpuBackend, Planned, Progress
+from dualop.backends.base import GpuBackend, Needs, Planned, Progress
 from dualop.backends.mode import INTERPRET, TRITON_TOO_EARLY
 from dualop.build import locks, pool
 from dualop.build.generated import imported
@@ -88,12 +88,7 @@ class Triton(GpuBackend):
         return source(chain, (FULL, *[COLUMN] * len(chain.operands)))
 
     def launch(
-        self,
-        chain: Chain | Slope,
-        layout: Layout,
-        needs: tuple[bool, ...] | None,
-        cut: Cut | None,
-        tensors: Sequence[Tensor],
+        self, chain: Chain | Slope, layout: Layout, needs: Needs, cut: Cut | None, tensors: Sequence[Tensor]
     ) -> Launch:
         return _launch(chain, layout, needs, cut)
 
