@@ -22,8 +22,8 @@ _checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_checkout, "pyproject.toml")) and os.path.isdir(os.path.join(_checkout, "cuda")):
     __path__.append(_checkout)
 
-# Triton reads this once, when it is imported; dualop may be imported before it.
-if os.environ.get("DUALOP_INTERPRET", "0") not in ("", "0"):
+# Triton reads this when it is imported; where that was before, dualop/backends/mode.py finds out.
+if os.environ.get("DUALOP_INTERPRET", "0") not in ("", "0") and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Where each public name lies: (module, attribute), or the module itself.

@@ -22,6 +22,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["DUALOP_INTERPRET"] = "1"
 INTERPRETED = os.environ.get("DUALOP_INTERPRET", "") not in ("", "0")
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"  # a test module may import triton before dualop
 
 # Builds are named by their content, so that a later run may take those of an earlier one.
 os.environ.setdefault("DUALOP_CACHE_DIR", str(ROOT / ".cache" / "dualop"))

@@ -252,6 +252,23 @@ result = [light, [m for m in ("triton", "typer", "rich", "torch.utils.cpp_extens
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("first", "switch", "runs"), [("triton", "", False), ("dualop", "", True), ("triton", "1", True)]
+)
+def test_a_triton_that_was_imported_without_its_interpreter_is_named(first: str, switch: str, runs: bool) -> None:
+    code = f"""
+import {first}, torch, triton, dualop
+x, b = torch.ones(3, 4, requires_grad=True), torch.ones(4, requires_grad=True)
+try:
+    dualop.chain("add | gelu")(x, b, backend="triton").sum().backward()
+    result = "" if b.grad.shape == (4,) else "wrong"
+except dualop.errors.BackendUnavailable as error:
+    result = str(error)
+"""
+    said = in_process(code, DUALOP_INTERPRET="1", **({"TRITON_INTERPRET": switch} if switch else {}))
+    assert said == "" if runs else "import dualop before it or set TRITON_INTERPRET=1" in said
+
+
 # ---- reasons, and no way around them ---------------------------------------------------------------------------------
 
 
