@@ -19,8 +19,8 @@ def verify(
         list[str] | None, typer.Argument(metavar="CHAIN", help="Several are possible (the default chain).")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="cuda, triton, reference (shown, not judged), several with commas, or all.")
-    ] = "cuda,triton",
+        str, typer.Option(help="Those that `dualop doctor` lists, with commas, or all [default: all that are judged].")
+    ] = "",
     dtype: Annotated[str, typer.Option(help="Several with commas.")] = "float32,bfloat16,float16",
     all_stages: Annotated[
         bool, typer.Option("--all-stages", help="Every stage by itself, and the default chain.")
@@ -41,8 +41,9 @@ def verify(
     """
     device = options.device()
     import dualop
-    from dualop.backends.registry import prepare
+    from dualop.backends.registry import BACKENDS, prepare
     from dualop.bench.table import device_info
+    from dualop.errors import BackendUnavailable
     from dualop.language.stages import STAGES
     from dualop.numerics import cases, report
     from dualop.numerics import verify as numbers
@@ -56,12 +57,15 @@ def verify(
     given, dtypes = _numbers(operand or []), options.dtypes(dtype)
     if unknown := [name for name in given if not any(name in op.operands for op in chains)]:
         raise typer.BadParameter(f"no chain takes {', '.join(unknown)}", param_hint="--operand")
-    names, unavailable = options.backends(backend, chains[0], device)
+    names, unavailable = options.backends(backend or "all", chains[0], device)
+    names = [name for name in names if backend or not BACKENDS[name].torch_formulas]
     stride = stride if stride is not None else 1 if device.type == "cuda" else cases.SAMPLED_STRIDE
     if stride < 1 or stride & (stride - 1) or stride > 2**16:
         raise typer.BadParameter(f"{stride} is no power of two up to 65536", param_hint="--stride")
     out = output.console()
     output.say_unavailable(out, unavailable)
+    if not names:
+        raise BackendUnavailable("no backend that is judged runs here")
     where = "on the GPU" if device.type == "cuda" else "interpreted on the CPU"
     sampled = f"; float32 is sampled, every {stride:,}th number" if stride > 1 else ""
     out.print(f"{', '.join(names)} {where}{sampled}", highlight=False)
