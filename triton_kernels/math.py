@@ -247,7 +247,10 @@ def shifted(high, low, shift):
 
 @triton.jit
 def far_angle(z):
-    """Return `angle` of a float32 z with |z| >= 2^17, by Payne and Hanek's reduction. It is NaN at infinity."""
+    """Return `angle` of a float32 z with |z| >= 2^17, by Payne and Hanek's reduction. It is NaN at infinity.
+
+    CUDA's has 64 more bits of the product, since it serves float64 too.
+    """
     bits = tl.abs(z).to(tl.float64).to(tl.uint64, bitcast=True)
     at = (bits >> 52) - 1040
     digits = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000
@@ -308,6 +311,7 @@ def sine(quarters, rest, less):
 
 @triton.jit
 def sin(z, BITS: tl.constexpr):
+    """Return the sine of z."""
     if BITS == 53:
         return platform.sin(z)
     else:
@@ -317,6 +321,7 @@ def sin(z, BITS: tl.constexpr):
 
 @triton.jit
 def cos(z, BITS: tl.constexpr):
+    """Return the cosine of z."""
     if BITS == 53:
         return platform.cos(z)
     else:
