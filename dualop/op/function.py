@@ -59,6 +59,7 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> Tensor:
+        # This serves the forward op only: the backward op's Autograd kernel takes torch's functions in forward mode.
         return ctx.call.tangent(ctx.saved_tensors, tangents)
 
     @staticmethod
@@ -130,7 +131,7 @@ class Forward(Call):
     def batched(self, tensors: Sequence[Tensor], dims: Sequence[int | None]) -> tuple[Tensor, int]:
         """Return the results of all samples, and their batch dimension: the forward op's rule for vmap."""
         # One number per sample promotes as a number does, although one tensor holds the numbers of all samples.
-        samples = [t if d is None else t.new_empty(_sample(t, d)) for t, d in zip(tensors, dims, strict=True)]
+        samples = [t if d is None else t.new_empty(sample_shape(t, d)) for t, d in zip(tensors, dims, strict=True)]
         return self(batch_first(tensors, dims)).to(result_dtype(samples[0], samples[1:])), 0
 
 
@@ -230,6 +231,6 @@ def batch_first(tensors: Sequence[Tensor], dims: Sequence[int | None]) -> list[T
     return [t.reshape(t.shape[0], *[1] * (rank + 1 - t.dim()), *t.shape[1:]) for t in moved]
 
 
-def _sample(tensor: Tensor, dim: int | None) -> torch.Size:
-    """Return the shape of one sample."""
+def sample_shape(tensor: Tensor, dim: int | None) -> torch.Size:
+    """Return the shape of one sample of a tensor with this batch dimension."""
     return tensor.shape if dim is None else tensor.movedim(dim, 0).shape[1:]

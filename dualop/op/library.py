@@ -17,7 +17,7 @@ from dualop.launch.checks import check_shapes, checked, validate
 from dualop.op import autograd_kernel, definition, dtensor, eager, function
 from dualop.op.autograd_kernel import differentiably, forward_mode
 from dualop.op.calls import backward_chain, check_gradient, check_shape, forward_chain
-from dualop.op.function import Backward, ChainFunction, Forward, ShortCall, batch_first, empty_result
+from dualop.op.function import Backward, ChainFunction, Forward, ShortCall, batch_first, empty_result, sample_shape
 
 if versions.of(torch.__version__) not in versions.TORCH:
     autograd_kernel.try_out()
@@ -157,9 +157,7 @@ def _backward_vmap(
 ) -> tuple[list[Tensor], list[int]]:
     backward_chain(operands, *arguments)
     places = (*dims[:2], *_operand_dims(dims[2], operands))
-    sample, *shapes = [
-        t.shape if d is None else t.movedim(d, 0).shape[1:] for t, d in zip((gy, x, *operands), places, strict=True)
-    ]
+    sample, *shapes = [sample_shape(t, d) for t, d in zip((gy, x, *operands), places, strict=True)]
     check_shape(sample, shapes)
     # Every sample has its own gradient, also for an input that all samples share.
     size = info.batch_size
@@ -196,7 +194,7 @@ for _name, _functions in IMPLEMENTED.items():
 
 _SKIPPED = [
     *(f for functions in IMPLEMENTED.values() for f in functions.values() if "_rule" not in f.__name__),
-    *(getattr(c, name) for c in (ChainFunction,) for name in ("forward", "setup_context", "backward", "jvp")),
+    *(ChainFunction.forward, ChainFunction.setup_context, ChainFunction.backward, ChainFunction.jvp),
     *(getattr(c, name) for c in (Forward, Backward, ShortCall) for name in ("result", "gradients")),
     *(Forward.__call__, Forward.dispatched, Backward.__call__, Backward.dispatched, ShortCall.first, empty_result),
 ]
