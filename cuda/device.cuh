@@ -31,6 +31,13 @@ DUALOP_FUN float rcp_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;"
 // Relative error up to 2^-11; keeps subnormals.
 DUALOP_FUN float tanh_approx(float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
+// a / b, off by up to 2 ulps, subnormals included: a divisor beyond 2^126 or below 2^-126 is scaled first.
+DUALOP_FUN float div_full(float a, float b) {
+    float y;
+    asm("div.full.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
 // a - b, where b may be a product: a compiler that made one fma of both would take b before it was rounded.
 DUALOP_FUN float minus_rounded(float a, float b) { return __fsub_rn(a, b); }
 

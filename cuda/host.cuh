@@ -63,6 +63,7 @@ DUALOP_FUN float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, 
 DUALOP_FUN float ex2_approx(float x) { return flush(exp2f(flush(x))); }
 DUALOP_FUN float rcp_approx(float x) { return flush(1.0f / flush(x)); }
 DUALOP_FUN float tanh_approx(float x) { return tanhf(x); }
+DUALOP_FUN float div_full(float a, float b) { return a / b; }
 
 DUALOP_FUN float minus_rounded(float a, float b) { return a - b; }
 

@@ -16,6 +16,13 @@ template <class T> constexpr T inverse_sqrt_2pi = T(0.3989422804014327);
 
 template <int bits> constexpr bool lean = bits <= 11;
 
+// a / b, rounded once in float32 and float64. That takes a subroutine where a or b is very large or very small, and 16
+// bits do not show it.
+template <int bits, class T> DUALOP_FUN T divide(T a, T b) {
+    if constexpr (lean<bits>) return div_full(a, b);
+    else return a / b;
+}
+
 template <int bits, class T> DUALOP_FUN T rcp(T z) {
     if constexpr (bits == 53) return 1.0 / z;
     else return rcp_approx(z);

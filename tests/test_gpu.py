@@ -90,6 +90,7 @@ def test_stage(text: str, dtype: str, backend: str) -> None:
 @pytest.mark.parametrize("name", test_stages.OPERAND_STAGES)
 def test_operand_stage(name: str, dtype: str, backend: str) -> None:
     test_stages.check_operand_stage(name, dtype, backend, "cuda")
+    test_stages.check_operand_stage_with_infinities_and_nan(name, dtype, backend, "cuda")
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -475,13 +475,14 @@ def test_operand_stage(name: str, dtype: str, backend: str) -> None:
 
 
 def check_operand_stage(name: str, dtype: str, backend: str, device: Device = DEVICE) -> None:
-    """All pairs of some values: the result and both gradients, ties and zero divisors among them."""
+    """All pairs of some values: the result and both gradients; ties, zeros, subnormals and the largest among them."""
     op, kind = dualop.chain(name), DTYPES[dtype]
     values = torch.tensor([*OPERAND_VALUES, *(-v for v in OPERAND_VALUES)], dtype=torch.float64).to(kind)
     far, coarse = finite_inputs(kind)[-44:], without_subnormals(backend, kind)
     if coarse:
         far = far[far.abs() >= torch.finfo(kind).tiny]
-    x, b = (t.contiguous() for t in torch.meshgrid(torch.cat([values, far]), values, indexing="ij"))
+    values = torch.cat([values, far])
+    x, b = (t.contiguous() for t in torch.meshgrid(values, values, indexing="ij"))
     gy = gradient_in(x)
     y, got = computed(op, backend, x, b, gy=gy, device=device)
     exact, slopes = truth(op, x, b)
@@ -500,13 +501,18 @@ def check_operand_stage(name: str, dtype: str, backend: str, device: Device = DE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPERAND_STAGES)
-def test_operand_stage_with_infinities_and_nan(name: str, backend: str) -> None:
+def test_operand_stage_with_infinities_and_nan(name: str, dtype: str, backend: str) -> None:
+    check_operand_stage_with_infinities_and_nan(name, dtype, backend)
+
+
+def check_operand_stage_with_infinities_and_nan(name: str, dtype: str, backend: str, device: Device = DEVICE) -> None:
     op = dualop.chain(name)
-    values = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1.0, -2.0])
+    values = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1.0, -2.0], dtype=DTYPES[dtype])
     x, b = (t.contiguous() for t in torch.meshgrid(values, values, indexing="ij"))
-    y, gradients = computed(op, backend, x, b)
-    right, slopes = by_torch(op, torch.float32, x, b)
+    y, gradients = computed(op, backend, x, b, device=device)
+    right, slopes = by_torch(op, DTYPES[dtype], x, b)
     torch.testing.assert_close(y, right, rtol=0, atol=0, equal_nan=True)
     for got, slope in zip(gradients, slopes, strict=True):
         # Next to a NaN the gradient is torch's or NaN.

@@ -24,10 +24,10 @@ struct mul {
 };
 
 struct div {
-    template <int bits, class T> DUALOP_FUN static T forward(T z, T b) { return z / b; }
+    template <int bits, class T> DUALOP_FUN static T forward(T z, T b) { return math::divide<bits>(z, b); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T b, T gy, T& gb) {
-        gb = -gy * ((z / b) / b);
-        return gy / b;
+        gb = -gy * math::divide<bits>(math::divide<bits>(z, b), b);
+        return math::divide<bits>(gy, b);
     }
 };
 

@@ -21,18 +21,18 @@ struct square {
 
 struct sqrt {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return ::sqrt(z); }
-    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return gy / (T(2) * ::sqrt(z)); }
-    template <int bits, class T> DUALOP_FUN static T second(T z) { return T(-0.25) / (z * ::sqrt(z)); }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) { return math::divide<bits>(gy, T(2) * ::sqrt(z)); }
+    template <int bits, class T> DUALOP_FUN static T second(T z) { return math::divide<bits>(T(-0.25), z * ::sqrt(z)); }
 };
 
 struct reciprocal {
-    template <int bits, class T> DUALOP_FUN static T forward(T z) { return T(1) / z; }
+    template <int bits, class T> DUALOP_FUN static T forward(T z) { return math::divide<bits>(T(1), z); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        const T r = T(1) / z;
+        const T r = math::divide<bits>(T(1), z);
         return -gy * (r * r);
     }
     template <int bits, class T> DUALOP_FUN static T second(T z) {
-        const T r = T(1) / z;
+        const T r = math::divide<bits>(T(1), z);
         return T(2) * r * r * r;
     }
 };

@@ -53,13 +53,14 @@ struct mish {
 };
 
 struct softsign {
-    template <int bits, class T> DUALOP_FUN static T forward(T z) { return z / (T(1) + ::fabs(z)); }
+    template <int bits, class T> DUALOP_FUN static T forward(T z) { return math::divide<bits>(z, T(1) + ::fabs(z)); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
         const T d = T(1) + ::fabs(z);
-        return gy / d / d;
+        return math::divide<bits>(math::divide<bits>(gy, d), d);
     }
     template <int bits, class T> DUALOP_FUN static T second(T z) {
-        const T d = T(1) + ::fabs(z), bent = T(2) / d / d / d;
+        const T d = T(1) + ::fabs(z);
+        const T bent = math::divide<bits>(math::divide<bits>(math::divide<bits>(T(2), d), d), d);
         return z > T(0) ? -bent : z < T(0) ? bent : z;
     }
 };
