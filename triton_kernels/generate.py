@@ -111,9 +111,11 @@ def kernels(kinds: Sequence[int]) -> tuple[str, str]:
     """Return the forward and the backward kernel around a `chain_forward` and a `chain_backward`."""
     count = range(len(kinds))
     views = ", ".join(f"p{i}, div{i}, mod{i}, stride{i}, outer{i}" for i in count)
+    # Tensors of the result's size last: Triton lays out a tile as what is read last. In another layout, of an operand
+    # with one value a column, the tile would pass through shared memory on its way.
     reads = [
         f"in{i} = read(p{i}, div{i}, mod{i}, stride{i}, outer{i}, row, column, rows, cols, mask, {kind}, BITS)"
-        for i, kind in enumerate(kinds)
+        for i, kind in sorted(enumerate(kinds), key=lambda input: input[1] & 3 == 3)
     ]
     inputs = _given(len(kinds))
     # Plain numbers that Triton sees to be multiples of 16, so that it moves 16 bytes at once.

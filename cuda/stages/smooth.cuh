@@ -10,8 +10,8 @@ template <number_bits beta, number_bits threshold> struct softplus {
         return s > value<T>(threshold) ? z : y;
     }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
-        const T s = z * value<T>(beta);
-        return s > value<T>(threshold) ? gy : gy * math::sigmoid<bits>(s);
+        const T s = z * value<T>(beta), below = gy * math::sigmoid<bits>(s);  // made on both sides: no branch
+        return s > value<T>(threshold) ? gy : below;
     }
     template <int bits, class T> DUALOP_FUN static T second(T z) {
         const T s = z * value<T>(beta);
