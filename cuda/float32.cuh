@@ -157,37 +157,54 @@ DUALOP_FUN float gelu_tanh_slope(float z) {
     return z < 0.0f ? below : 1.0f - below;
 }
 
-// z tanh(softplus(z)) = max(z, 0) - a v with v = e (1 + e / 2) / (1 + e + e^2 / 2) for z < 0, and
-// v = 2 e^2 / (1 + 2 e + 2 e^2) for z >= 0; a = |z|, e = exp(-a). `low` and `sum` are the divisors without their 1.
-struct MishParts { float e, low, high, sum; };
-DUALOP_FUN MishParts mish_parts(float a) {
-    const float e = exp_below<1>(a), low = ::fmaf(0.5f * e, e, e), high = 2.0f * e * e;
-    return {e, low, high, ::fmaf(2.0f, e, high)};
+// z tanh(softplus(z)) = max(z, 0) - a v with v = w / (1 + w) for z < 0 and v = square / (1 + w) for z >= 0, where
+// a = |z|, square = u^2 / 2, w = u + square, and u = exp(-a) for z < 0, twice that for z >= 0.
+struct MishParts { float u, half, square, w; };
+DUALOP_FUN MishParts mish_parts(float a, bool negative) {
+    const float u = (negative ? 1.0f : 2.0f) * exp_below<1>(a), half = 0.5f * u;
+    return {u, half, half * u, ::fmaf(half, u, u)};
 }
 DUALOP_FUN float mish(float z) {
     const bool negative = z < 0.0f;
     const float a = min_nan(::fabsf(z), 89.0f);
-    const MishParts m = mish_parts(a);
-    return ::fmaf(-a, quotient(negative ? m.low : m.high, negative ? m.low : m.sum), upper(z));
+    const MishParts m = mish_parts(a, negative);
+    return ::fmaf(-a, quotient(negative ? m.w : m.square, m.w), upper(z));
 }
 
-// The slope is e (1 - a + e (3/2 - a + e + e^2 / 4)) / (1 + e + e^2 / 2)^2 for z < 0, around whose zero at -1.1924
-// there is a polynomial, good to 2^-24.5; and for z >= 0 it is 1 + 2 e^2 (2 a (1 + e) - d) / d^2 with
-// d = 1 + 2 e + 2 e^2.
+// With d = 1 + w and h = 1 + u / 2 the slope is u (1 - a + u (h^2 + 1/2 - a)) / d^2 for z < 0, around whose zero at
+// -1.1924 there is a polynomial, good to 2^-24.5; and for z >= 0 it is 1 + u^2 (a h / d - 1/2) / d.
 DUALOP_FUN float mish_slope(float z) {
     const bool negative = z < 0.0f;
-    const float a = min_nan(::fabsf(z), 89.0f);
-    const MishParts m = mish_parts(a);
-    const float r = quotient(1.0f, negative ? m.low : m.sum), t = (z + 1.19243121f) + 3.04393759e-09f;
-    const float left = ::fmaf(m.e, ::fmaf(0.25f * m.e, m.e + 4.0f, 1.5f - a), 1.0f - a);
-    const float right = ::fmaf(2.0f * a, 1.0f + m.e, -1.0f - m.sum);
-    const float h = 1.0f - r, x = m.e * left, far = ::fmaf(x, ::fmaf(h, h, -2.0f * h), x);
-    const float above = 1.0f + (m.high * r) * (right * r);
+    const float a = min_nan(::fabsf(z), 89.0f), t = z + 1.19243121f;
+    const MishParts m = mish_parts(a, negative);
+    const float r = quotient(1.0f, m.w), h = 1.0f + m.half;
+    const float x = m.u * ::fmaf(m.u, ::fmaf(h, h, 0.5f - a), 1.0f - a), far = ::fmaf(x, ::fmaf(r, r, -1.0f), x);
+    const float above = ::fmaf(m.u * m.u * r, ::fmaf(a * h, r, -0.5f), 1.0f);
     float p = horner(t, -4.33991991e-05f, -0.000100244768f, 0.000274161459f, 0.00102499081f);
     p = horner(t, p, 0.00107128907f, -0.00336712599f, -0.0158150587f);
     p = horner(t, p, -0.0202716477f, 0.0419072025f, 0.204731271f);
-    const float close = t * ::fmaf(t, p, 0.266947925f), below = z > -1.8f ? close : far;
+    // The last number is what the zero has beyond 24 bits, times the slope's slope there.
+    const float close = ::fmaf(t, ::fmaf(t, p, 0.266947925f), 8.12570985e-10f), below = z > -1.8f ? close : far;
     return negative ? below : above;
+}
+
+// The same for z >= -0.31, where tanh(softplus(z)) = (1 + u) / d, u = 2 exp(-z), is at least 1/2. It is `ratio`, and
+// `rest` its remainder, which takes 1 + u unrounded. The slope is this quotient + z (1 + u / 2) (u / d)^2.
+struct MishUpper { float e, r, share, ratio, rest; };
+DUALOP_FUN MishUpper mish_upper_parts(float a) {
+    const float e = exp_below<1>(a), u = 2.0f * e, w = ::fmaf(u, e, u), r = rcp_approx(1.0f + w);
+    const float ratio = ::fmaf(u, r, r);
+    return {e, r, u * r, ratio, (1.0f - ratio) + ::fmaf(-ratio, w, u)};
+}
+DUALOP_FUN float mish_upper(float z) {
+    const float a = min_nan(z, 89.0f);
+    const MishUpper m = mish_upper_parts(a);
+    return ::fmaf(z, m.ratio, a * m.r * m.rest);
+}
+DUALOP_FUN float mish_upper_slope(float z) {
+    const float a = min_nan(z, 89.0f);
+    const MishUpper m = mish_upper_parts(a);
+    return m.ratio + ::fmaf(m.r, m.rest, ::fmaf(a, m.e, a) * m.share * m.share);
 }
 
 }  // namespace dualop::math

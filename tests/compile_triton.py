@@ -4,7 +4,8 @@
 
 PROBLEMS: a list of {name, chain, dtypes, shapes, architectures}, x first, then the operands. For each, the backend is
 called with meta tensors up to the point where it would launch: so each kernel is compiled with the arguments that a GPU
-would be given. RESULTS: for each kernel and architecture its 16-byte accesses, registers and bytes of spills.
+would be given. RESULTS: for each kernel and architecture its 16-byte accesses, conversions of layout, registers and
+bytes of spills.
 It must run without TRITON_INTERPRET; the Triton is the one that PYTHONPATH gives.
 """
 
@@ -111,6 +112,7 @@ def compiled(
     """The row of one kernel."""
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = built.asm["ptx"]
+    loops = re.findall(r"scf\.for.*?scf\.yield", built.asm["ttgir"], re.DOTALL)
     return {
         "triton": triton.__version__,
         "kernel": source.fn.fn.__name__,
@@ -118,6 +120,8 @@ def compiled(
         "wide_loads": len(re.findall(r"\bld\.global[.\w:]*\.(?:v4\.b32|v2\.b64)|\bcp\.async.*, 0x10", ptx)),
         "wide_stores": len(re.findall(r"\bst\.global[.\w:]*\.(?:v4\.b32|v2\.b64)", ptx)),
         "cubin": len(built.asm["cubin"]),
+        # Of a tile, in the loop: each passes through shared memory.
+        "conversions": sum(len(re.findall(r"ttg\.convert_layout .*: tensor<\d+x\d+x", loop)) for loop in loops),
         "shared": built.metadata.shared,
         "parameters": parameters(built, arguments),
         **resources(ptx, architecture),

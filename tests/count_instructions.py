@@ -58,9 +58,10 @@ def disassembled(cubin: Path) -> dict[str, list[Instruction]]:
                 labels |= dict.fromkeys(pending, address)
                 pending = []
                 listed.append((address, match[2], match[3]))
-        found[name] = [
-            (a, n, re.sub(r"`\((\.L_x_\d+)\)", lambda m: f"->{labels.get(m[1], -1)}", o)) for a, n, o in listed
-        ]
+        for i, (address, instruction, operands) in enumerate(listed):
+            if target := re.search(r"`\((\.L_x_\d+)\)", operands):
+                listed[i] = (address, instruction, f"->{labels.get(target[1], -1)}")
+        found[name] = listed
     return found
 
 
@@ -100,8 +101,7 @@ def of_cuda(op, tensors, arch):
     command = [str(home / "bin" / "nvcc"), *build.CUDA_FLAGS, f"-arch=sm_{arch}", "-cubin", "-o", "kernels.cubin"]
     ran = subprocess.run([*command, "kernels.cu"], cwd=folder, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    said = dict(re.findall(r"Function properties for (\w+)\s+(.*?\n.*?Used \d+ registers)", ran.stderr))
-    said |= {
+    said = {
         m[1]: " ".join(m[2].split())
         for m in re.finditer(r"Compiling entry function '(\w+)'.*?\n.*?\n\s*(.*?Used \d+ registers)", ran.stderr, re.S)
     }
@@ -127,7 +127,8 @@ def of_triton(problem, arch):
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         tile = arguments["BLOCK_ROWS"] * arguments["BLOCK_COLS"] // (32 * options["num_warps"])
         said = " ".join(re.findall(r"(?:REG|STACK|LOCAL|SHARED):\d+", usage))
-        yield f"triton {kernel.fn.__name__.removesuffix('_kernel')}", listed, tile, f"{said} shared {built.metadata.shared}"
+        way = kernel.fn.__name__.removesuffix("_kernel")
+        yield f"triton {way}", listed, tile, f"{said} {built.metadata.shared} bytes shared"
 
 
 def main() -> None:

@@ -57,6 +57,10 @@ def test_the_default_chain_loses_its_clamp_and_takes_the_polynomial() -> None:
         ("gelu | hardtanh(-1, inf)", ["gelu"]),
         ("relu6 | clamp(-1, 7)", ["relu6", "clamp"]),  # clamp has a gradient of its own at NaN
         ("silu | gelu", ["silu", "gelu"]),
+        ("mish | mish", ["mish", "mish_upper"]),
+        ("silu | mish | relu | mish", ["silu", "mish_upper", "relu", "mish_upper"]),
+        ("sub(0.31) | mish", ["sub", "mish"]),
+        ("slope of relu | mish", ["relu", "mish_upper"]),
         ("tanh | gelu", ["tanh_approx", "gelu_unit"]),
         ("silu | tanh | sub(1)", ["silu_tanh", "sub"]),
         ("slope of silu | tanh | gelu", ["silu", "tanh_approx", "gelu_upper"]),  # whose stages have second derivatives
@@ -75,7 +79,9 @@ def test_an_operand_step_names_its_input() -> None:
     assert list(steps(chain)) == taken
 
 
-@pytest.mark.parametrize("text", ["relu6 | hardtanh(-1, 7)", "silu | tanh | gelu | hardtanh(-1, 1)", "sigmoid | gelu"])
+@pytest.mark.parametrize(
+    "text", ["relu6 | hardtanh(-1, 7)", "silu | tanh | gelu | hardtanh(-1, 1)", "sigmoid | gelu", "mish | mish"]
+)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_shorter_chain_has_the_values_and_gradients_of_the_whole(text: str, backend: str, device) -> None:
     chain = dualop.chain(text)

@@ -42,6 +42,7 @@ TEXTS = [
     "elu(2.5)",
     "softplus(2, 10)",
     "tanh | gelu",  # gelu_unit
+    "relu | mish",  # mish_upper
     CHAIN,
     "mul(2) | mish | add(0.5) | tanh | rsub(1) | sigmoid | div(3) | softplus | maximum(0.25)",
 ]

@@ -209,37 +209,59 @@ def gelu_tanh_slope(z):
 
 
 @triton.jit
-def mish_parts(a):
-    """Return (e, low, high, sum), the last three what v is a quotient of."""
-    e = exp_below(a, number(a, -0.0), 1)
-    low = platform.fma(0.5 * e, e, e)
-    high = 2.0 * e * e
-    return e, low, high, platform.fma(e, number(e, 2.0), high)
+def mish_parts(a, negative):
+    """Return (u, u / 2, u^2 / 2, w); tanh(softplus(-a)) is w / (1 + w)."""
+    u = tl.where(negative, 1.0, 2.0) * exp_below(a, number(a, -0.0), 1)
+    half = 0.5 * u
+    return u, half, half * u, platform.fma(half, u, u)
 
 
 @triton.jit
 def mish(z):
     negative = z < 0
     a = min_nan(tl.abs(z), number(z, 89.0))
-    _, low, high, sum = mish_parts(a)
-    v = quotient(tl.where(negative, low, high), tl.where(negative, low, sum))
-    return platform.fma(-a, v, upper(z))
+    _, _, square, w = mish_parts(a, negative)
+    return platform.fma(-a, quotient(tl.where(negative, w, square), w), upper(z))
 
 
 @triton.jit
 def mish_slope(z):
     negative = z < 0
     a = min_nan(tl.abs(z), number(z, 89.0))
-    e, low, high, sum = mish_parts(a)
-    r = quotient(number(e, 1.0), tl.where(negative, low, sum))
-    left = platform.fma(e, platform.fma(0.25 * e, e + 4.0, 1.5 - a), 1.0 - a)
-    right = platform.fma(2.0 * a, 1.0 + e, -1.0 - sum)
-    h = 1.0 - r
-    x = e * left
-    far = platform.fma(x, platform.fma(h, h, -2.0 * h), x)
-    t = (z + 1.19243121) + 3.04393759e-09
+    t = z + 1.19243121
+    u, half, _, w = mish_parts(a, negative)
+    r = quotient(number(u, 1.0), w)
+    h = 1.0 + half
+    x = u * platform.fma(u, platform.fma(h, h, 0.5 - a), 1.0 - a)
+    far = platform.fma(x, platform.fma(r, r, number(r, -1.0)), x)
+    above = platform.fma(u * u * r, platform.fma(a * h, r, number(r, -0.5)), number(r, 1.0))
     p = horner(t, number(t, -4.33991991e-05), -0.000100244768, 0.000274161459, 0.00102499081)
     p = horner(t, p, 0.00107128907, -0.00336712599, -0.0158150587)
     p = horner(t, p, -0.0202716477, 0.0419072025, 0.204731271)
-    close = t * platform.fma(t, p, number(t, 0.266947925))
-    return tl.where(negative, tl.where(z > -1.8, close, far), 1.0 + (high * r) * (right * r))
+    close = platform.fma(t, platform.fma(t, p, number(t, 0.266947925)), number(t, 8.12570985e-10))
+    return tl.where(negative, tl.where(z > -1.8, close, far), above)
+
+
+@triton.jit
+def mish_upper_parts(a):
+    """Return (e, r, share, ratio, rest) for a >= -0.31."""
+    e = exp_below(a, number(a, -0.0), 1)
+    u = 2.0 * e
+    w = platform.fma(u, e, u)
+    r = platform.rcp_approx(1.0 + w)
+    ratio = platform.fma(u, r, r)
+    return e, r, u * r, ratio, (1.0 - ratio) + platform.fma(-ratio, w, u)
+
+
+@triton.jit
+def mish_upper(z):
+    a = min_nan(z, number(z, 89.0))
+    _, r, _, ratio, rest = mish_upper_parts(a)
+    return platform.fma(z, ratio, a * r * rest)
+
+
+@triton.jit
+def mish_upper_slope(z):
+    a = min_nan(z, number(z, 89.0))
+    e, r, share, ratio, rest = mish_upper_parts(a)
+    return ratio + platform.fma(r, rest, platform.fma(a, e, a) * share * share)

@@ -115,7 +115,7 @@ def kernels(kinds: Sequence[int]) -> tuple[str, str]:
     # with one value a column, the tile would pass through shared memory on its way.
     reads = [
         f"in{i} = read(p{i}, div{i}, mod{i}, stride{i}, outer{i}, row, column, rows, cols, mask, {kind}, BITS)"
-        for i, kind in sorted(enumerate(kinds), key=lambda input: input[1] & 3 == 3)
+        for i, kind in sorted(enumerate(kinds), key=lambda each: each[1] & 3 == 3)
     ]
     inputs = _given(len(kinds))
     # Plain numbers that Triton sees to be multiples of 16, so that it moves 16 bytes at once.

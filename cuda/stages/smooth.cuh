@@ -52,6 +52,18 @@ struct mish {
     }
 };
 
+// mish for z >= -0.31, for instance behind another mish; chosen by dualop/language/program.py.
+struct mish_upper : mish {
+    template <int bits, class T> DUALOP_FUN static T forward(T z) {
+        if constexpr (bits == 24) return math::mish_upper(z);
+        else return mish::forward<bits>(z);
+    }
+    template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {
+        if constexpr (bits == 24) return gy * math::mish_upper_slope(z);
+        else return mish::backward<bits>(z, gy);
+    }
+};
+
 struct softsign {
     template <int bits, class T> DUALOP_FUN static T forward(T z) { return math::divide<bits>(z, T(1) + ::fabs(z)); }
     template <int bits, class T> DUALOP_FUN static T backward(T z, T gy) {

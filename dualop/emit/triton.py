@@ -108,7 +108,7 @@ def _kernels(plan: Plan) -> str:
         INPUTS=names("in"),
         PROGRAM="tl.program_id(0)" if plan.layout.narrow else "tl.program_id(0).to(tl.int64)",
         INSIDE=f"row * {plan.cols} + column < limit" if plan.folded else f"(row < limit) & (column < {plan.cols})",
-        READS=reads,
+        READS=[reads[i] for i in sorted(count, key=lambda i: plan.views[i].kind & FULL == FULL)],  # as generate.py
         SUMS=sums,
         GATHER=gather,
         FINISH=finish,

@@ -257,6 +257,7 @@ TABLE = (
         range=ranges.dip(lambda z: z, -0.3089),
         kinks=(),
         steady=True,
+        within={"mish": ((-0.31, math.inf, "mish_upper"),)},
     ),
     Stage(
         "softsign",

@@ -83,6 +83,28 @@ def mish_second(z, BITS: tl.constexpr):
     return 4.0 * e * (1.0 + e) * (r * r) * (2.0 + near * (1.0 - s - 2.0 * t * s))
 
 
+# mish for z >= -0.31, for instance behind another mish; chosen by dualop/language/program.py.
+@triton.jit
+def mish_upper(z, BITS: tl.constexpr):
+    if BITS == 24:
+        return float32.mish_upper(z)
+    else:
+        return mish(z, BITS)
+
+
+@triton.jit
+def mish_upper_backward(z, gy, BITS: tl.constexpr):
+    if BITS == 24:
+        return gy * float32.mish_upper_slope(z)
+    else:
+        return mish_backward(z, gy, BITS)
+
+
+@triton.jit
+def mish_upper_second(z, BITS: tl.constexpr):
+    return mish_second(z, BITS)
+
+
 @triton.jit
 def softsign(z, BITS: tl.constexpr):
     return divide(z, 1.0 + tl.abs(z), BITS)
