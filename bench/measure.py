@@ -37,7 +37,11 @@ class Row:
 
     `copy_share` is the time of a device copy of the same bytes divided by this time: 1 is the copy's speed. `launches`
     is this time divided by that of an empty launch, for tiny tensors only. `operands` are the forms of the operands.
-    `max_ulp` is the largest error against float64 over the results of this direction; None means infinite or unknown.
+
+    Errors are the largest against float64; None means infinite, unknown, or that there is no such result. `max_ulp` is
+    that of y (forward) or grad x (backward), `beyond_rounding` what is left of it where float64 starts from x + bias as
+    rounded to float32. `operand_ulp` is that of operands' gradients of full size, `operand_sum` that of those which are
+    sums, in units of u * sum|terms| (dualop/numerics/ulp.py).
     """
 
     backend: str
@@ -53,6 +57,9 @@ class Row:
     vs_eager: float | None = None
     vs_compile: float | None = None
     max_ulp: float | None = None
+    beyond_rounding: float | None = None
+    operand_ulp: float | None = None
+    operand_sum: float | None = None
     ok: bool = True
     interpreted: bool = False
     method: str = ""
@@ -112,9 +119,9 @@ def measure(
 
 @dataclass(frozen=True)
 class Verdict:
-    """Hold what the check found: the largest error of each direction, and what is wrong with it, if anything."""
+    """Hold what the check found: the errors of each direction by fields of Row, and what is wrong, if anything."""
 
-    max_ulp: dict[str, float]
+    errors: dict[str, dict[str, float]]
     wrong: dict[str, str]
 
 
@@ -127,7 +134,8 @@ def verdicts(
     judged = {}
     for name, function in functions.items():
         progress(f"checking {name}")
-        worst, wrong = {FORWARD: 0.0, BACKWARD: 0.0}, {}
+        errors: dict[str, dict[str, float]] = {FORWARD: {}, BACKWARD: {}}
+        wrong: dict[str, str] = {}
         try:
             # Poisoning is a global switch, which would make torch.compile compile once more.
             found = check.results(function, workload.chain.operands, sample, poison=name in BACKENDS)
@@ -136,12 +144,16 @@ def verdicts(
             continue
         for quantity, value in found.items():
             direction = FORWARD if quantity == "y" else BACKWARD
-            result = exact[quantity].judge(value, name)
-            worst[direction] = max(worst[direction], result.max_ulp)
+            right = exact[quantity]
+            result = right.judge(value, name)
+            field = "max_ulp" if quantity in ("y", "grad_x") else "operand_sum" if right.summed else "operand_ulp"
+            errors[direction][field] = max(errors[direction].get(field, 0.0), result.error)
+            if field == "max_ulp" and (beyond := right.beyond_rounding(value)) is not None:
+                errors[direction]["beyond_rounding"] = beyond
             # Eager and torch.compile round between the stages: their error is shown, not judged.
             if name in BACKENDS and not result.ok:
                 wrong[direction] = f"wrong: {quantity}{list(result.where or ())} is {result.note()}"
-        judged[name] = Verdict(worst, wrong)
+        judged[name] = Verdict(errors, wrong)
         del found
     return judged
 
@@ -154,8 +166,9 @@ def rows_to_check(workload: Workload) -> int | None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(workload.device)
     elements = torch.Size(workload.shape).numel()
-    # Upcast inputs, every stage's result kept twice, their gradients, and the temporaries of a comparison.
-    needed = elements * 8 * (4 * len(workload.chain.operands) + 4 * len(workload.chain.calls) + 16)
+    # Upcast inputs, every stage's result kept twice, their gradients, those with the first stage rounded, and the
+    # temporaries of a comparison.
+    needed = elements * 8 * (5 * len(workload.chain.operands) + 4 * len(workload.chain.calls) + 18)
     return None if needed < free / 2 else max(1, int(workload.shape[0] * free / 2 / needed))
 
 
@@ -194,8 +207,8 @@ def _rows(
                 continue
             progress(f"{direction}: {name}")
             gc.collect()
-            worst = verdict.max_ulp[direction]
-            row = replace(row, max_ulp=_rounded(worst) if worst < torch.inf else None)
+            finite = {field: _rounded(e) for field, e in verdict.errors[direction].items() if e < torch.inf}
+            row = replace(row, **finite)
             rows.append(timed(row, timing.timed(calls(function, direction, samples), stream)))
     return with_ratios(rows)
 

@@ -95,6 +95,13 @@ def test_rows_of_a_workload():
         count = workload().bytes(ours.direction)
         assert copy.gbps == pytest.approx(count / copy.time_us / 1e3, rel=1e-3)
         assert ours.ok and not ours.interpreted and math.isfinite(ours.max_ulp) and ours.vs_compile is None
+        assert math.isfinite(ours.beyond_rounding)
+    assert rows[2].operand_sum is None and rows[2].operand_ulp is None
+    assert 0 < rows[5].operand_sum < 200 and rows[5].operand_ulp is None
+    (full,) = (r for r in measure.measure(workload(operands=("full",)), [], False, 0, quiet) if r.operand_ulp)
+    assert full.direction == BACKWARD and full.operand_sum is None
+    headers = {column.header for column in table.render(rows, "t").columns}
+    assert {"ulp", "beyond rounding", "grad operand, u Σ|terms|"} <= headers and "grad operand, ulp" not in headers
 
 
 def test_ratios_keep_their_digits_however_small():

@@ -33,6 +33,7 @@ def bench(
     from dualop.backends.registry import BACKENDS, prepare
     from dualop.bench import linear95, measure, table, workloads
     from dualop.bench import suite as suites
+    from dualop.numerics import report
 
     options.one_of(problem, ("", "linear95"), "--problem")
     options.one_of(operand, workloads.FORMS, "--operand")
@@ -76,6 +77,8 @@ def bench(
     title_of = lambda row: f"{row.chain}   {workloads.shape_text(row.shape)}   {row.dtype}"
     for title, group in itertools.groupby(rows if not parts else (), title_of):
         out.print(table.render(list(group), title))
+    if not (parts or problem):
+        out.print(report.MEASURES, markup=False, highlight=False)
     output.write(json_file, table.as_json(rows, device, **more))
     if not all(row.ok for row in rows):
         raise typer.Exit(1)

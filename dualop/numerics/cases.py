@@ -82,6 +82,7 @@ CASES = (
     Case("more rows than a grid", (70_000, 40), gpu=True),
     Case("long rows", (3, 300_000), ("last", "row"), gpu=True),
     Case("many columns and rows", (4099, 4099), gpu=True),
+    Case("a million rows", (1_000_000, 8), gpu=True),
 )
 
 
