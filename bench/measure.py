@@ -23,6 +23,7 @@ from dualop.bench.workloads import (
     Workload,
     calls,
     contestants,
+    shape_text,
 )
 from dualop.numerics import check, truth
 
@@ -36,7 +37,8 @@ class Row:
     """Hold one figure of the benchmark.
 
     `copy_share` is the time of a device copy of the same bytes divided by this time: 1 is the copy's speed. `launches`
-    is this time divided by that of an empty launch, for tiny tensors only. `operands` are the forms of the operands.
+    is this time divided by that of an empty launch, for tiny tensors only. `operands` are the forms of the operands
+    and how they lie in memory, `arrange` is how x lies (Workload).
 
     Errors are the largest against float64; None means infinite, unknown, or that there is no such result. `max_ulp` is
     that of y (forward) or grad x (backward), `beyond_rounding` what is left of it where float64 starts from x + bias as
@@ -67,6 +69,12 @@ class Row:
     note: str = ""
     launches: float | None = None
     operands: str = ""
+    arrange: str = "dense"
+
+    @property
+    def size(self) -> str:
+        """Return the shape of x, and how x lies in memory unless it is contiguous."""
+        return shape_text(self.shape) + ("" if self.arrange == "dense" else f", {self.arrange}")
 
     @property
     def half_width_us(self) -> float | None:
@@ -128,12 +136,18 @@ class Verdict:
 def verdicts(
     workload: Workload, functions: dict[str, Function], seed: int, rows: int | None, progress: Progress
 ) -> dict[str, Verdict]:
-    """Compare what each function computes with float64, on the first `rows` rows of x if given."""
+    """Compare what each function computes with float64, on the first `rows` rows of x if given.
+
+    torch.compile would compile once more for these rows, and is not checked then.
+    """
     sample = workload.sample(seed, rows)
     exact = truth.truth(workload.chain, sample)
     judged = {}
     for name, function in functions.items():
         progress(f"checking {name}")
+        if rows is not None and name == COMPILED:
+            judged[name] = Verdict({FORWARD: {}, BACKWARD: {}}, {})
+            continue
         errors: dict[str, dict[str, float]] = {FORWARD: {}, BACKWARD: {}}
         wrong: dict[str, str] = {}
         try:
@@ -182,8 +196,8 @@ def _rows(
 ) -> list[Row]:
     device, count = workload.device, workload.bytes(direction)
     sets = timing.sets_beyond_cache(count, device)
-    operands = ", ".join(workload.operand_forms)
-    common = Row("", direction, str(workload.chain), workload.dtype, list(workload.shape), sets=sets, operands=operands)
+    common = Row("", direction, str(workload.chain), workload.dtype, list(workload.shape), sets=sets)
+    common = replace(common, operands=workload.operand_text, arrange=workload.arrange)
     samples = [workload.sample(seed + i) for i in range(sets)]
     rows: list[Row] = []
     with timing.on_stream(device) as stream:

@@ -70,15 +70,6 @@ def _kind(row: check.Row) -> str:
     return row.quantity if row.quantity in ("y", "grad_x") else "operands"
 
 
-def _largest(errors: Iterable[float | None]) -> float | None:
-    """Return the largest error; None is infinite."""
-    return max(errors, key=lambda error: math.inf if error is None else error)
-
-
-def _known(rows: Sequence[check.Row]) -> list[float]:
-    return [row.beyond_rounding for row in rows if row.beyond_rounding is not None]
-
-
 # Of comparisons of one dtype, pair and unit, the one nearest to its tolerance first.
 CHECKED: dict[str, Callable[[Sequence[check.Row]], str]] = {
     "dtype": lambda rows: rows[0].dtype,
@@ -89,8 +80,7 @@ CHECKED: dict[str, Callable[[Sequence[check.Row]], str]] = {
     "in": lambda rows: rows[0].unit,
     "error": lambda rows: ulp_text(rows[0].error),
     "allowed": lambda rows: f"{rows[0].allowed:.4g}",
-    "largest": lambda rows: ulp_text(_largest(row.error for row in rows)),
-    "beyond rounding": lambda rows: ulp_text(_largest(known)) if (known := _known(rows)) else "",
+    "beyond rounding": lambda rows: "" if rows[0].beyond_rounding is None else ulp_text(rows[0].beyond_rounding),
     "where": lambda rows: _place(rows[0]),
     "verdict": _verdict,
 }
@@ -100,7 +90,7 @@ def checked(rows: Sequence[check.Row], by_quantity: bool = False) -> list[Table]
     """Return a table with a line for each dtype and pair, and one of what failed, if any.
 
     Results, gradients of x, of operands of full size and of broadcast operands stand apart. A line shows the comparison
-    nearest to its tolerance, and the largest error. `by_quantity` gives every operand a line of its own. Of the
+    nearest to its tolerance. `by_quantity` gives every operand a line of its own. Of the
     failures there are at most MOST_MISMATCHES, the worst.
     """
     kind = lambda row: row.quantity if by_quantity else _kind(row)
