@@ -101,7 +101,10 @@ class Workload:
             lies: Any = {"arrange": self.arrange, "operand_arrange": self.operand_arrange, "gradient": "result"}
             case = Case("bench", self.first(rows).shape, self.operands, **lies)
             return sample(self.chain, case, self.dtype, self.device, seed)
-        # On the device itself: a random number a nanosecond on the CPU would take longer than all the timing.
+        return self._drawn(seed)
+
+    def _drawn(self, seed: int) -> Sample:
+        """Make the inputs on the device: a random number a nanosecond on the CPU takes longer than all the timing."""
         generator = torch.Generator(self.device).manual_seed(seed)
         x, *operands = (t.normal_(generator=generator) for t in self._inputs(self.device))
         gy = self.layout.output().normal_(generator=generator)
