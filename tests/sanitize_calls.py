@@ -64,6 +64,7 @@ SLOPED = "silu | tanh | gelu | hardtanh(-1, 1)"
 
 # Leading dimensions of x, in_features, out_features: whole tiles, tails, rows that start anywhere, a folded row.
 PRODUCTS = (((64,), 32, 64), ((70,), 40, 48), ((33,), 37, 41), ((2, 3, 7), 24, 40), ((1,), 16, 24), ((300,), 136, 264))
+MANY_TILES = (((2200,), 40, 2120),)  # more than two programs for each of 132 multiprocessors: each loops
 EPILOGUES: dict[str, tuple[str, Callable[[tuple[int, ...]], tuple[tuple[int, ...], ...]]]] = {
     "a vector": ("add | swish | tanh | gelu | hardtanh(-1, 1)", lambda y: (y[-1:],)),
     "a row": ("mul(scale) | gelu", lambda y: ((*y[:-1], 1),)),
@@ -148,21 +149,18 @@ def of_slopes(backend: str, device: torch.device) -> Iterator[Call]:
 
 
 def of_products(device: torch.device) -> Iterator[Call]:
-    """The chain in the epilogue of a product. Small tiles as well as the tile that large products have."""
-    tiles = {"": gemm.Tile(rows=32, columns=32, depth_bytes=32, group=2)}
-    if device.type == "cuda":
-        tiles["large tile, "] = gemm.TILE
+    """The chain in the epilogue of a product; interpreted, in small tiles."""
+    tile = gemm.TILE if device.type == "cuda" else gemm.Tile(rows=32, columns=32, depth_bytes=32, group=2)
     generator = torch.Generator().manual_seed(0)
     normal = lambda shape, dtype: torch.randn(shape, generator=generator).to(dtype).to(device)
     for form, (text, shapes) in EPILOGUES.items():
         for dtype in (BF16, F16, F32):
-            for lead, ins, outs in PRODUCTS if form == "a vector" else PRODUCTS[1:3]:
+            sizes = PRODUCTS if form == "a vector" else PRODUCTS[1:3]
+            for lead, ins, outs in (*sizes, *(MANY_TILES if device.type == "cuda" and form == "a vector" else ())):
                 x, weight = normal((*lead, ins), dtype), normal((outs, ins), dtype)
                 operands = tuple(normal(shape, dtype) for shape in shapes((*lead, outs)))
-                for tile_name, tile in tiles.items():
-                    name = f"product {lead} x {ins} -> {outs}, {tile_name}{form}, {dtype}"
-                    run = partial(gemm.launch, dualop.chain(text), x, weight, operands, tile)
-                    yield Call(name, lambda run=run: [run()])
+                run = partial(gemm.launch, dualop.chain(text), x, weight, operands, tile)
+                yield Call(f"product {lead} x {ins} -> {outs}, {form}, {dtype}", lambda run=run: [run()])
 
 
 def main() -> int:
@@ -171,7 +169,7 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="Compile in parallel before the first call.")
     parser.add_argument("--only", default="", help="Calls whose names contain this text.")
     chosen = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     some = [call for call in calls(chosen.backend, device) if chosen.only in call.name]
     if chosen.prepare:

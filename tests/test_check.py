@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import dualop
-from dualop.backends.reference import Reference
+from dualop.backends.reference import Reference, evaluate
 from dualop.backends.registry import BACKENDS
 from dualop.language.stages import STAGES
 from dualop.numerics import cases, check, ulp
@@ -338,28 +339,45 @@ def test_the_kernels_pass_on_the_default_chain(backend, dtype, device):
 
 
 MILLION = cases.Case("a million rows", (1_000_000, 2))
+ONE_SIGN = replace(MILLION, gradient="expanded")
 
 
 @pytest.mark.parametrize(
-    ("backend", "text"),
+    ("backend", "text", "case"),
     [
-        ("reference", cases.DEFAULT_CHAIN),
-        ("cuda", cases.DEFAULT_CHAIN),
-        ("cuda", "add | mul(scale) | gelu"),
-        pytest.param("triton", "add", marks=pytest.mark.slow),  # interpreted, a hundredth of a second a tile
+        ("reference", cases.DEFAULT_CHAIN, MILLION),
+        ("cuda", cases.DEFAULT_CHAIN, MILLION),
+        ("cuda", cases.DEFAULT_CHAIN, ONE_SIGN),
+        ("cuda", "add | mul(scale) | gelu", MILLION),
+        # Interpreted, a hundredth of a second a tile. NumPy adds up the rows of a tile one after the other, which terms
+        # of one sign would show.
+        pytest.param("triton", "add", MILLION, marks=pytest.mark.slow),
     ],
 )
-def test_a_sum_of_a_million_rows_is_off_by_two_roundings_of_its_terms_at_most(backend, text, device):
+def test_a_sum_of_a_million_rows_is_off_by_two_roundings_of_its_terms_at_most(backend, text, case, device):
     op = dualop.chain(text)
     if reasons := BACKENDS[backend].reasons(op, device):
         pytest.skip("; ".join(reasons))
-    sample = cases.sample(op, MILLION, "float32", device, 3)
+    sample = cases.sample(op, case, "float32", device, 3)
     needs = (False, *[True] * len(op.operands))
     found = BACKENDS[backend].backward(op, sample.gy, sample.x, sample.operands, needs)
     for name, value in zip(op.operands, found, strict=True):
         right = truth(op, sample)[f"grad_{name}"]
         judged = right.judge(value, backend)
         assert right.unit == "u Σ|terms|" and judged.ok and judged.error <= 2, judged
+
+
+def test_adding_up_one_by_one_is_found():
+    """Of terms of one sign: what is lost grows with the square root of their number."""
+    op = dualop.chain(cases.DEFAULT_CHAIN)
+    sample = cases.sample(op, ONE_SIGN, "float32", "cpu", 3)
+    x = sample.x.clone().requires_grad_()
+    (terms,) = torch.autograd.grad(evaluate(op, x, sample.operands), x, sample.gy)
+    one_by_one = torch.from_numpy(np.cumsum(terms.numpy(), axis=0, dtype=np.float32)[-1].copy())
+    right = truth(op, sample)["grad_add"]
+    assert right.judge(terms.sum(0), "cuda").ok
+    found = right.judge(one_by_one, "cuda")
+    assert not found.ok and found.error > 4
 
 
 @pytest.mark.gpu

@@ -94,6 +94,7 @@ CASES = (
     Case("long rows", (3, 300_000), ("last", "row"), gpu=True),
     Case("many columns and rows", (4099, 4099), gpu=True),
     Case("a million rows", (1_000_000, 8), gpu=True),
+    Case("a million rows of one sign", (1_000_000, 8), gradient="expanded", gpu=True),
 )
 
 
