@@ -40,9 +40,10 @@ class Case:
     """Describe one call of a chain, without its chain and dtype.
 
     `operands` gives the forms of the operands in turn (see OPERAND_FORMS), `arrange`, `operand_arrange` and `gradient`
-    how x, operands of full size and gy lie in memory (see ARRANGEMENTS; gy may lie as the `result`). `special` puts
-    special values into every third element of x, and zeros among the operands. `gpu` cases are too large for
-    interpreted kernels. `mixed` gives the operands another dtype.
+    how x, operands of full size and gy lie in memory (see ARRANGEMENTS; gy may also lie as the `result`, or be dense
+    and of `one sign`, so that the terms of a sum do not cancel). `special` puts special values into every third element
+    of x, and zeros among the operands. `gpu` cases are too large for interpreted kernels. `mixed` gives the operands
+    another dtype.
     """
 
     name: str
@@ -94,7 +95,7 @@ CASES = (
     Case("long rows", (3, 300_000), ("last", "row"), gpu=True),
     Case("many columns and rows", (4099, 4099), gpu=True),
     Case("a million rows", (1_000_000, 8), gpu=True),
-    Case("a million rows of one sign", (1_000_000, 8), gradient="expanded", gpu=True),
+    Case("a million rows of one sign", (1_000_000, 8), gradient="one sign", gpu=True),
 )
 
 
@@ -192,7 +193,10 @@ def sample(chain: Chain, case: Case, dtype: str, device: torch.device | str, see
         operands.append(arranged(values, case.operand_arrange if form == "full" else "dense", x))
     result = sum(operands, x)  # torch promotes and broadcasts
     gy = normal(result.shape).to(result)
-    gy = torch.empty_like(result).copy_(gy) if case.gradient == "result" else arranged(gy, case.gradient)
+    if case.gradient == "result":
+        gy = torch.empty_like(result).copy_(gy)
+    else:
+        gy = gy.abs() if case.gradient == "one sign" else arranged(gy, case.gradient)
     mixed = f", {str(case.mixed).removeprefix('torch.')} operands" if case.mixed else ""
     return Sample(x, tuple(operands), gy, dtype, case.name + mixed)
 

@@ -150,7 +150,8 @@ class Truth:
         allowed = own * spread + of_scale * self.term_scale * min(count, 4 * count**0.5)
         unit = EPS[dtype] * self.magnitudes
         if self.summed:  # both errors are as often up as down, independently
-            allowed, unit = torch.hypot(allowed, ADDED_UP * EPS[coarse] / 2 * self.magnitudes), unit / 2
+            added = ADDED_UP * (2 if coarse == torch.float64 else 1)  # the truth adds up in float64, too
+            allowed, unit = torch.hypot(allowed, added * EPS[coarse] / 2 * self.magnitudes), unit / 2
         return (allowed / unit).nan_to_num(1.0)
 
     def judge(self, value: Tensor, backend: str) -> Comparison:
