@@ -8,6 +8,7 @@ TORCH  ?= 2.13.0
 CHECK  ?=
 BENCH  ?= --backend all
 PYTEST ?= -n 2 --dist worksteal
+SANITIZE ?=
 
 PY       := $(VENV)/bin/python
 PIP      := $(PY) -m pip --disable-pip-version-check -qq
@@ -32,7 +33,7 @@ QUICK_PART := "not test_stages or float32 and not beyond_float32 or three_tables
 
 export DUALOP_CACHE_DIR ?= $(CURDIR)/.cache/dualop
 
-.PHONY: test quick test-torch contract-table test-gpu bench lint venv clean
+.PHONY: test quick test-torch contract-table test-gpu sanitize bench lint venv clean
 .DEFAULT_GOAL := test
 
 test: lint $(TRITON36)/.installed
@@ -50,6 +51,10 @@ contract-table: $(VERSIONED_KEY)
 # For a machine with a GPU where nothing can be installed: the python3 that is there, no venv.
 test-gpu:
 	env -u DUALOP_INTERPRET PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+
+# Every form of kernel under compute-sanitizer, on a machine with a GPU; SANITIZE="--backend cuda" for a part of it.
+sanitize:
+	env -u DUALOP_INTERPRET PYTHONPATH=. $(PYTHON) tests/sanitize.py $(SANITIZE)
 
 bench: $(RUNTIME)
 	$(PY) -m dualop check $(CHECK)

@@ -23,6 +23,7 @@ from dualop.bench.workloads import (
     Workload,
     calls,
     contestants,
+    shape_text,
 )
 from dualop.numerics import check, truth
 
@@ -36,8 +37,13 @@ class Row:
     """Hold one figure of the benchmark.
 
     `copy_share` is the time of a device copy of the same bytes divided by this time: 1 is the copy's speed. `launches`
-    is this time divided by that of an empty launch, for tiny tensors only. `operands` are the forms of the operands.
-    `max_ulp` is the largest error against float64 over the results of this direction; None means infinite or unknown.
+    is this time divided by that of an empty launch, for tiny tensors only. `operands` are the forms of the operands
+    and how they lie in memory, `arrange` is how x lies (Workload).
+
+    Errors are the largest against float64; None means infinite, unknown, or that there is no such result. `max_ulp` is
+    that of y (forward) or grad x (backward), `beyond_rounding` what is left of it where float64 starts from x + bias as
+    rounded to float32. `operand_ulp` is that of operands' gradients of full size, `operand_sum` that of those which are
+    sums, in units of u * sum|terms| (dualop/numerics/ulp.py).
     """
 
     backend: str
@@ -53,6 +59,9 @@ class Row:
     vs_eager: float | None = None
     vs_compile: float | None = None
     max_ulp: float | None = None
+    beyond_rounding: float | None = None
+    operand_ulp: float | None = None
+    operand_sum: float | None = None
     ok: bool = True
     interpreted: bool = False
     method: str = ""
@@ -60,6 +69,12 @@ class Row:
     note: str = ""
     launches: float | None = None
     operands: str = ""
+    arrange: str = "dense"
+
+    @property
+    def size(self) -> str:
+        """Return the shape of x, and how x lies in memory unless it is contiguous."""
+        return shape_text(self.shape) + ("" if self.arrange == "dense" else f", {self.arrange}")
 
     @property
     def half_width_us(self) -> float | None:
@@ -112,22 +127,29 @@ def measure(
 
 @dataclass(frozen=True)
 class Verdict:
-    """Hold what the check found: the largest error of each direction, and what is wrong with it, if anything."""
+    """Hold what the check found: the errors of each direction by fields of Row, and what is wrong, if anything."""
 
-    max_ulp: dict[str, float]
+    errors: dict[str, dict[str, float]]
     wrong: dict[str, str]
 
 
 def verdicts(
     workload: Workload, functions: dict[str, Function], seed: int, rows: int | None, progress: Progress
 ) -> dict[str, Verdict]:
-    """Compare what each function computes with float64, on the first `rows` rows of x if given."""
+    """Compare what each function computes with float64, on the first `rows` rows of x if given.
+
+    torch.compile would compile once more for these rows, and is not checked then.
+    """
     sample = workload.sample(seed, rows)
     exact = truth.truth(workload.chain, sample)
     judged = {}
     for name, function in functions.items():
         progress(f"checking {name}")
-        worst, wrong = {FORWARD: 0.0, BACKWARD: 0.0}, {}
+        if rows is not None and name == COMPILED:
+            judged[name] = Verdict({FORWARD: {}, BACKWARD: {}}, {})
+            continue
+        errors: dict[str, dict[str, float]] = {FORWARD: {}, BACKWARD: {}}
+        wrong: dict[str, str] = {}
         try:
             # Poisoning is a global switch, which would make torch.compile compile once more.
             found = check.results(function, workload.chain.operands, sample, poison=name in BACKENDS)
@@ -136,12 +158,16 @@ def verdicts(
             continue
         for quantity, value in found.items():
             direction = FORWARD if quantity == "y" else BACKWARD
-            result = exact[quantity].judge(value, name)
-            worst[direction] = max(worst[direction], result.max_ulp)
+            right = exact[quantity]
+            result = right.judge(value, name)
+            field = "max_ulp" if quantity in ("y", "grad_x") else "operand_sum" if right.summed else "operand_ulp"
+            errors[direction][field] = max(errors[direction].get(field, 0.0), result.error)
+            if field == "max_ulp" and (beyond := right.beyond_rounding(value)) is not None:
+                errors[direction]["beyond_rounding"] = beyond
             # Eager and torch.compile round between the stages: their error is shown, not judged.
             if name in BACKENDS and not result.ok:
                 wrong[direction] = f"wrong: {quantity}{list(result.where or ())} is {result.note()}"
-        judged[name] = Verdict(worst, wrong)
+        judged[name] = Verdict(errors, wrong)
         del found
     return judged
 
@@ -154,8 +180,9 @@ def rows_to_check(workload: Workload) -> int | None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(workload.device)
     elements = torch.Size(workload.shape).numel()
-    # Upcast inputs, every stage's result kept twice, their gradients, and the temporaries of a comparison.
-    needed = elements * 8 * (4 * len(workload.chain.operands) + 4 * len(workload.chain.calls) + 16)
+    # Upcast inputs, every stage's result kept twice, their gradients, those with the first stage rounded, and the
+    # temporaries of a comparison.
+    needed = elements * 8 * (5 * len(workload.chain.operands) + 4 * len(workload.chain.calls) + 18)
     return None if needed < free / 2 else max(1, int(workload.shape[0] * free / 2 / needed))
 
 
@@ -169,8 +196,8 @@ def _rows(
 ) -> list[Row]:
     device, count = workload.device, workload.bytes(direction)
     sets = timing.sets_beyond_cache(count, device)
-    operands = ", ".join(workload.operand_forms)
-    common = Row("", direction, str(workload.chain), workload.dtype, list(workload.shape), sets=sets, operands=operands)
+    common = Row("", direction, str(workload.chain), workload.dtype, list(workload.shape), sets=sets)
+    common = replace(common, operands=workload.operand_text, arrange=workload.arrange)
     samples = [workload.sample(seed + i) for i in range(sets)]
     rows: list[Row] = []
     with timing.on_stream(device) as stream:
@@ -194,8 +221,8 @@ def _rows(
                 continue
             progress(f"{direction}: {name}")
             gc.collect()
-            worst = verdict.max_ulp[direction]
-            row = replace(row, max_ulp=_rounded(worst) if worst < torch.inf else None)
+            finite = {field: _rounded(e) for field, e in verdict.errors[direction].items() if e < torch.inf}
+            row = replace(row, **finite)
             rows.append(timed(row, timing.timed(calls(function, direction, samples), stream)))
     return with_ratios(rows)
 

@@ -83,13 +83,19 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "launches": ("launches", "{:.2f}".format),
     "× eager": ("vs_eager", "{:.2f}".format),
     "× compile": ("vs_compile", "{:.2f}".format),
-    "max ulp": ("max_ulp", "{:.4g}".format),
+    "ulp": ("max_ulp", "{:.4g}".format),
+    "beyond rounding": ("beyond_rounding", "{:.4g}".format),
+    "grad operand, ulp": ("operand_ulp", "{:.4g}".format),
+    "grad operand, u Σ|terms|": ("operand_sum", "{:.4g}".format),
     "note": ("remark", str),
 }
 
 
 def render(rows: Sequence[Row], title: str) -> Table:
-    """Return one table: a chain, shape and dtype in both directions. Empty columns are left out."""
+    """Return one table: a chain, shape and dtype in both directions. Empty columns are left out.
+
+    `ulp` is the error of y in forward's rows and of grad x in backward's.
+    """
     shown: dict[str, list[str]] = {}
     for name, (field, written) in COLUMNS.items():
         values = [getattr(row, field) for row in rows]

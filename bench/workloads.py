@@ -16,12 +16,13 @@ from dualop.backends.reference import evaluate
 from dualop.errors import ShapeError
 from dualop.language.syntax import Chain
 from dualop.launch.layout import Layout, layout_of
-from dualop.numerics.cases import DTYPES, OPERAND_FORMS, Case, Sample, sample
+from dualop.numerics.cases import DTYPES, OPERAND_FORMS, Case, Sample, allocated, sample
 
 EAGER, COMPILED, COPY, LAUNCH = "eager", "torch.compile", "copy", "empty launch"
 FORWARD, BACKWARD = "forward", "backward"
 
-FORMS = ("last", "row", "channel", "scalar", "full")  # forms of operands, as in OPERAND_FORMS
+FORMS = ("last", "row", "channel", "position", "scalar", "full")  # forms of operands, as in OPERAND_FORMS
+SECTOR = 32  # bytes: what a GPU reads from memory at the least, a quarter of a cache line
 
 Function = Callable[..., Tensor]
 
@@ -30,7 +31,10 @@ Function = Callable[..., Tensor]
 class Workload:
     """Describe `chain` on x of `shape` and `dtype`.
 
-    The operands take the forms of `operands` in turn (OPERAND_FORMS).
+    The operands take the forms of `operands` in turn (OPERAND_FORMS). `arrange` says how x lies in memory, and
+    `operand_arrange` how operands of the form `full` do (ARRANGEMENTS, or `beside`: between the elements of an x that
+    is `every second` of a wider tensor's); other operands are contiguous. gy lies as the result, which torch decides.
+    Raises ShapeError if x of this shape cannot lie so or has no channel or position.
     """
 
     chain: Chain
@@ -38,15 +42,29 @@ class Workload:
     dtype: str
     device: torch.device
     operands: tuple[str, ...] = ("last",)
+    arrange: str = "dense"
+    operand_arrange: str = "dense"
 
     def __post_init__(self) -> None:
-        if "channel" in self.operands and len(self.shape) < 2:
-            raise ShapeError(f"x of shape {self.shape} has no channel; give it two dimensions or more")
+        for form in ("channel", "position"):
+            if form in self.operands and len(self.shape) < 2:
+                raise ShapeError(f"x of shape {self.shape} has no {form}; give it two dimensions or more")
+        for how, dimensions in (("channels_last", 4), ("heads", 3)):
+            if how in (self.arrange, self.operand_arrange) and len(self.shape) < dimensions:
+                raise ShapeError(f"x of shape {self.shape} cannot lie as {how}; give it {dimensions} dimensions")
+        if self.operand_arrange == "beside" and self.arrange != "every second":
+            raise ShapeError("an operand lies beside x only where x is every second element of a wider tensor")
 
     @property
     def operand_forms(self) -> list[str]:
         """Return the form of each operand."""
         return [self.operands[i % len(self.operands)] for i in range(len(self.chain.operands))]
+
+    @property
+    def operand_text(self) -> str:
+        """Return the form of each operand, and how it lies in memory unless it is contiguous."""
+        lies = "" if self.operand_arrange == "dense" else f" {self.operand_arrange}"
+        return ", ".join(f"{form}{lies}" if form == "full" else form for form in self.operand_forms)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -66,29 +84,61 @@ class Workload:
     @property
     def planned(self) -> Planned:
         """Return a call with these samples, to have it compiled ahead."""
-        tensors = (torch.empty(shape, dtype=DTYPES[self.dtype], device="meta") for shape in self.shapes)
-        return Planned(self.chain, tuple(tensors), self.device)
+        return Planned(self.chain, tuple(self._inputs(torch.device("meta"))), self.device)
+
+    def _inputs(self, device: torch.device) -> list[Tensor]:
+        """Return x and the operands as they lie in memory, of zeros."""
+        x = allocated(self.shape, self.arrange, DTYPES[self.dtype], device)
+        tensors = [x]
+        for shape, form in zip(self.shapes[1:], self.operand_forms, strict=True):
+            how = self.operand_arrange if form == "full" else "dense"
+            tensors.append(allocated(shape, how, DTYPES[self.dtype], device, x))
+        return tensors
 
     def sample(self, seed: int, rows: int | None = None) -> Sample:
         """Make one set of inputs and a gy; only the first `rows` of x if given."""
         if self.device.type == "cpu" or rows is not None:
-            shape = self.first(rows).shape
-            return sample(self.chain, Case("bench", shape, self.operands), self.dtype, self.device, seed)
-        # On the device itself: a random number a nanosecond on the CPU would take longer than all the timing.
+            lies: Any = {"arrange": self.arrange, "operand_arrange": self.operand_arrange, "gradient": "result"}
+            case = Case("bench", self.first(rows).shape, self.operands, **lies)
+            return sample(self.chain, case, self.dtype, self.device, seed)
+        return self._drawn(seed)
+
+    def _drawn(self, seed: int) -> Sample:
+        """Make the inputs on the device: a random number a nanosecond on the CPU takes longer than all the timing."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        like: dict[str, Any] = {"dtype": DTYPES[self.dtype], "device": self.device, "generator": generator}
-        x, gy, *operands = (torch.randn(size, **like) for size in (self.shape, *self.shapes))
+        x, *operands = (t.normal_(generator=generator) for t in self._inputs(self.device))
+        gy = self.layout.output().normal_(generator=generator)
         return Sample(x, tuple(operands), gy, self.dtype, "bench")
 
     def bytes(self, direction: str) -> int:
         """Return how many bytes must cross the memory bus.
 
         Forward reads x and writes y; backward reads x and gy and writes grad x. Both read the operands, and backward
-        writes their gradients.
+        writes their gradients. An input that is not dense is read in whole sectors of 32 bytes (`touched`), as are an
+        operand beside x and x in one go; results and gradients are dense. A copy of a contiguous tensor of as many
+        bytes is what times are compared with.
         """
-        x, *operands = map(math.prod, self.shapes)
-        numbers = 2 * x + sum(operands) if direction == FORWARD else 3 * x + 2 * sum(operands)
-        return DTYPES[self.dtype].itemsize * numbers
+        each = zip(self._inputs(torch.device("meta")), ("x", *self.operand_forms), strict=True)
+        read = sum(touched(t) for t, form in each if (self.operand_arrange, form) != ("beside", "full"))
+        x, *operands = (DTYPES[self.dtype].itemsize * math.prod(shape) for shape in self.shapes)
+        return read + x if direction == FORWARD else read + 2 * x + sum(operands)
+
+
+def touched(tensor: Tensor) -> int:
+    """Return the bytes of the 32-byte sectors that hold a tensor's elements; of a dense one, its own bytes.
+
+    Its dimensions are taken from the innermost outwards. Copies of a run that lie less than a sector apart make one
+    run, for no sector in between stays unread. Copies that lie further apart are read one by one, in sectors that are
+    filled as far as they can be: a run of 40 bytes counts 64, though it takes 96 if it starts within a sector.
+    """
+    item = tensor.element_size()
+    run, count = item, 1
+    for stride, size in sorted((s * item, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if count == 1 and stride - run < SECTOR:
+            run += stride * (size - 1)
+        else:
+            count *= size
+    return run if run == tensor.numel() * item else count * math.ceil(run / SECTOR) * SECTOR
 
 
 def contestants(workload: Workload, backends: Sequence[str], compiled: bool, eager: bool = True) -> dict[str, Function]:

@@ -14,6 +14,7 @@ import dualop
 from dualop.bench import copying, linear95, measure, suite, table, timing, workloads
 from dualop.bench.workloads import BACKWARD, COMPILED, COPY, EAGER, FORWARD, LAUNCH, Workload
 from dualop.errors import ShapeError
+from dualop.numerics import cases
 
 CPU = torch.device("cpu")
 
@@ -41,6 +42,78 @@ def test_bytes_are_what_has_to_move(operands, count):
     work = workload(dtype="bfloat16", operands=operands)
     assert work.bytes(FORWARD) == 2 * (60 + 60 + count)
     assert work.bytes(BACKWARD) == 2 * (60 + 60 + 60 + 2 * count)
+
+
+@pytest.mark.parametrize(
+    ("arrange", "operands", "operand_arrange", "forward", "backward"),
+    [
+        ("every second", ("last",), "dense", 2 * 960 + 960 + 80, 2 * 960 + 2 * 960 + 2 * 80),
+        ("every second", ("full",), "beside", 2 * 960 + 960, 2 * 960 + 3 * 960),  # both are read in one go
+        ("transposed", ("full",), "transposed", 3 * 960, 5 * 960),
+        ("inner", ("last",), "dense", 960 + 11 * 4 + 960 + 80, 960 + 11 * 4 + 2 * 960 + 2 * 80),
+    ],
+)
+def test_bytes_of_what_is_strided_are_whole_sectors(arrange, operands, operand_arrange, forward, backward):
+    """x is (12, 40) of bfloat16: 960 bytes."""
+    work = Workload(dualop.chain("add"), (12, 40), "bfloat16", CPU, operands, arrange, operand_arrange)
+    near = lambda count: pytest.approx(count, abs=2 * workloads.SECTOR)
+    assert work.bytes(FORWARD) == near(forward) and work.bytes(BACKWARD) == near(backward)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((5, 33), (33, 1)),
+        ((5, 64), (200, 1)),
+        ((7, 3), (64, 2)),
+        ((64, 5), (1, 64)),
+        ((9,), (40,)),
+        ((3, 4, 16), (400, 100, 1)),
+        ((4, 1, 6), (6, 99, 1)),
+        ((5, 40), (42, 1)),
+        ((), ()),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_sectors_are_counted_as_they_are_touched(shape, strides, dtype):
+    """Against the set of all sectors, where runs start at sectors; a dense tensor counts its own bytes."""
+    tensor = torch.empty(4096, dtype=dtype).as_strided(shape, strides)
+    item = tensor.element_size()
+    offsets = torch.arange(4096).as_strided(shape, strides).flatten() * item
+    sectors = workloads.SECTOR * len(offsets.div(workloads.SECTOR, rounding_mode="floor").unique())
+    found = workloads.touched(tensor)
+    assert found <= sectors and sectors - found <= workloads.SECTOR * max(
+        1, tensor.numel() // max(1, shape[-1] if shape else 1)
+    )
+    if tensor.is_contiguous():
+        assert found == tensor.numel() * item
+
+
+@pytest.mark.parametrize("entry", [e for part in ("rows", "strided") for e in suite.SUITE[part]], ids=str)
+def test_samples_lie_as_the_workload_says(entry):
+    """What is timed, what is checked and what is compiled ahead have the same strides."""
+    work = Workload(dualop.chain(entry.chain), suite.SMALL[entry.shape], "float32", CPU, *entry[2:])
+    sample = work.sample(0)
+    planned, inputs = work.planned.tensors, (sample.x, *sample.operands)
+    assert [t.shape for t in planned] == [t.shape for t in inputs] == work.shapes
+    assert [t.stride() for t in planned] == [t.stride() for t in inputs]
+    assert [t.storage_offset() for t in planned] == [t.storage_offset() for t in inputs]
+    assert sample.gy.stride() == work.layout.strides
+    drawn = work._drawn(0)  # as on a GPU
+    assert [t.stride() for t in (drawn.x, *drawn.operands, drawn.gy)] == [t.stride() for t in (*inputs, sample.gy)]
+    assert all(t.count_nonzero() == t.numel() for t in (drawn.x, *drawn.operands, drawn.gy))
+    assert (entry.arrange == "dense") == sample.x.is_contiguous()
+    if entry.operand_arrange == "beside":
+        assert sample.operands[0].data_ptr() == sample.x.data_ptr() + 4 and not torch.equal(*inputs)
+
+
+def test_what_cannot_lie_so_is_refused():
+    for lies in ({"arrange": "channels_last"}, {"arrange": "heads"}, {"operand_arrange": "beside"}):
+        with pytest.raises(ShapeError):
+            Workload(dualop.chain("add"), (6, 10), "float32", CPU, ("full",), **lies)
+    assert run("bench", "--memory", "nowhere").exit_code == 2
+    said = run("bench", "--help").output.replace("│", " ")
+    assert all(how in " ".join(said.split()) for how in cases.ARRANGEMENTS)
 
 
 def test_forward_and_backward_calls_do_what_they_say():
@@ -95,6 +168,13 @@ def test_rows_of_a_workload():
         count = workload().bytes(ours.direction)
         assert copy.gbps == pytest.approx(count / copy.time_us / 1e3, rel=1e-3)
         assert ours.ok and not ours.interpreted and math.isfinite(ours.max_ulp) and ours.vs_compile is None
+        assert math.isfinite(ours.beyond_rounding)
+    assert rows[2].operand_sum is None and rows[2].operand_ulp is None
+    assert 0 < rows[5].operand_sum < 200 and rows[5].operand_ulp is None
+    (full,) = (r for r in measure.measure(workload(operands=("full",)), [], False, 0, quiet) if r.operand_ulp)
+    assert full.direction == BACKWARD and full.operand_sum is None
+    headers = {column.header for column in table.render(rows, "t").columns}
+    assert {"ulp", "beyond rounding", "grad operand, u Σ|terms|"} <= headers and "grad operand, ulp" not in headers
 
 
 def test_ratios_keep_their_digits_however_small():
@@ -184,13 +264,18 @@ def test_the_command_writes_rows(tmp_path, device):
 
 
 def test_the_suite_is_a_line_for_each_chain_and_dtype(tmp_path, device, monkeypatch):
-    entries = (("add | gelu", suite.LARGE, "last"), ("add | gelu", suite.LARGE, "full"), ("relu", suite.NCHW, "last"))
+    entries = (
+        suite.entry("add | gelu", suite.LARGE),
+        suite.entry("add | gelu", suite.LARGE, "full"),
+        suite.entry("relu", suite.NCHW, "last", "channels_last"),
+    )
     monkeypatch.setitem(suite.SUITE, "chains", entries)
     file = tmp_path / "suite.json"
     result = run("bench", "--suite", "chains", "--backend", "cuda,triton", "--dtype", "bf16,fp32", "--json", str(file))
     assert result.exit_code == 0, result.output
     lines = [line for line in result.output.splitlines() if line.startswith(("│ add | gelu", "│ relu"))]
     assert len(lines) == 6 and sum("full" in line for line in lines) == 2
+    assert result.output.count("channels_last") == 2
     rows = json.loads(file.read_text())["rows"]
     assert {row["backend"] for row in rows} - {LAUNCH} == {COPY, "cuda", "triton"} and all(row["ok"] for row in rows)
     shown = [cell.strip() for cell in lines[0].split("│")]
@@ -204,17 +289,20 @@ def test_the_suite_is_a_line_for_each_chain_and_dtype(tmp_path, device, monkeypa
 
 
 def test_the_suite_covers_every_stage_and_its_parts_are_named():
-    stages = {text for text, _, _ in suite.SUITE["stages"]}
+    stages = {e.chain for e in suite.SUITE["stages"]}
     assert {stage.example for stage in dualop.stages.STAGES.values()} <= stages
-    assert {"add | gelu", "add | mish", "add | softplus | tanh"} <= {text for text, _, _ in suite.SUITE["chains"]}
+    assert {"add | gelu", "add | mish", "add | softplus | tanh"} <= {e.chain for e in suite.SUITE["chains"]}
     every = [entry for part in suite.SUITE.values() for entry in part]
-    assert len(set(every)) == len(every) and {form for _, _, form in every} >= {"last", "channel", "full"}
-    assert {shape for _, shape, _ in every} == set(suite.SMALL)  # each has a size for the CPU
+    assert len(set(every)) == len(every)
+    assert {form for e in every for form in e.operands} >= {"last", "channel", "full", "position"}
+    assert {e.shape for e in every} == set(suite.SMALL)  # each has a size for the CPU
+    assert {e.arrange for e in every} >= {"dense", "channels_last", "inner", "every second", "transposed", "heads"}
+    assert "rows, strided, medium" in " ".join(run("bench", "--help").output.replace("│", " ").split())
     assert run("bench", "--suite", "nothing").exit_code == 2
 
 
 def test_a_wrong_result_is_wrong_in_the_suite(wrong, monkeypatch):
-    monkeypatch.setitem(suite.SUITE, "chains", (("relu", suite.LARGE, "last"),))
+    monkeypatch.setitem(suite.SUITE, "chains", (suite.entry("relu", suite.LARGE),))
     result = run("bench", "--suite", "chains", "--backend", wrong, "--dtype", "float32")
     assert result.exit_code == 1 and "WRONG" in result.output
 
@@ -261,3 +349,14 @@ def test_what_cannot_be_captured_is_timed_by_events(device):
         found = timing.timed([lambda: x.sum().item()], stream)
         assert found.method == "events" and "not capturable" in found.note and found.median_us > 0
         assert timing.timed([x.clone], stream).method == "graph"  # and the device is well afterwards
+
+
+def test_torch_compile_stands_in_the_suite_on_request(tmp_path, monkeypatch):
+    monkeypatch.setitem(suite.SUITE, "chains", (suite.entry("relu", suite.LARGE),))
+    file = tmp_path / "suite.json"
+    arguments = ["bench", "--suite", "chains", "--backend", "reference", "--dtype", "float32", "--json", str(file)]
+    for more, there in (([], False), (["--compile"], True)):
+        result = run(*arguments, *more)
+        assert result.exit_code == 0 and (COMPILED in result.output) == there
+        rows = [row for row in json.loads(file.read_text())["rows"] if row["backend"] == COMPILED]
+        assert len(rows) == 2 * there and all(row["time_us"] > 0 and row["max_ulp"] is None for row in rows)

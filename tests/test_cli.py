@@ -153,7 +153,7 @@ def test_check_writes_what_it_found(tmp_path):
     assert result.exit_code == 0 and "seed 5" in result.output
     found = json.loads(file.read_text())
     assert found["ok"] is True and found["seed"] == 5
-    keys = {"backend", "against", "chain", "dtype", "shape", "quantity", "max_ulp", "ok", "interpreted", "layout"}
+    keys = {"backend", "against", "chain", "dtype", "shape", "quantity", "error", "ok", "interpreted", "layout"}
     assert all(keys <= set(row) for row in found["rows"])
     assert {row["quantity"] for row in found["rows"]} == {"y", "grad_x", "grad_add"}
     assert {row["dtype"] for row in found["rows"]} == set(cases.DTYPES)
@@ -176,7 +176,7 @@ def test_check_exits_1_on_a_mismatch(tmp_path, wrong):
         ("wrong", "float64", "y"),
         ("wrong", "reference", "y"),
     }
-    assert all(row["max_ulp"] > row["allowed_ulp"] and row["note"] for row in bad)
+    assert all(row["error"] > row["allowed"] and row["note"] for row in bad)
 
 
 def test_without_a_chain_every_stage_is_checked():

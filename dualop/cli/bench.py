@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Annotated, Any
 
 import typer
 
 from dualop.cli import options, output
-from dualop.cli.options import DEFAULT_CHAIN, Backends, Dtypes, Json, Operand, Seed, Shapes
+from dualop.cli.options import DEFAULT_CHAIN, Backends, Dtypes, Json, Memory, Operand, Seed, Shapes
 
 
 def bench(
@@ -17,13 +18,19 @@ def bench(
     shape: Shapes = "",
     dtype: Dtypes = "float32,bfloat16",
     operand: Operand = "last",
+    memory: Memory = "dense",
     problem: Annotated[str, typer.Option(help="linear95: the whole model, nn.Linear and the chain behind it.")] = "",
     suite: Annotated[
         str,
-        typer.Option(metavar="PARTS", help="Many chains in one table: stages, chains, shapes, with commas, or all."),
+        typer.Option(
+            metavar="PARTS",
+            help="Many in one table: stages, chains, shapes, rows, strided, medium, with commas, or all.",
+        ),
     ] = "",
     host: Annotated[bool, typer.Option("--host", help="What a call costs the host, on tiny tensors.")] = False,
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out.")] = False,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="With torch.compile (yes, but in a suite no).")
+    ] = None,
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
@@ -33,16 +40,18 @@ def bench(
     from dualop.backends.registry import BACKENDS, prepare
     from dualop.bench import linear95, measure, table, workloads
     from dualop.bench import suite as suites
+    from dualop.numerics import cases, report
 
     options.one_of(problem, ("", "linear95"), "--problem")
     options.one_of(operand, workloads.FORMS, "--operand")
+    options.one_of(memory, cases.ARRANGEMENTS, "--memory")
     asked = [options.one_of(name.strip(), (*suites.SUITE, "all"), "--suite") for name in suite.split(",") if suite]
     parts = list(suites.SUITE) if "all" in asked else asked
     op, dtypes = dualop.chain(DEFAULT_CHAIN if problem else chain), options.dtypes(dtype)
     names, unavailable = options.backends(backend, op, device)
     out = output.console()
     more: dict[str, Any] = {"unavailable": unavailable}
-    compiled = not no_compile
+    compiled = not parts if compiled is None else compiled
     output.say_unavailable(out, unavailable)
     if host:
         from dualop.bench import host as hosts
@@ -59,8 +68,8 @@ def bench(
         todo = suites.works(parts, dtypes, device)
         with output.bars(out) as bar:
             prepare(names, [work.planned for work in todo], bar("compiling"))
-        with output.steps(out, len(todo) * measure.steps(len(names), compiled=False, eager=False)) as progress:
-            rows = suites.run(todo, names, seed, progress)
+        with output.steps(out, len(todo) * measure.steps(len(names), compiled, eager=False)) as progress:
+            rows = suites.run(todo, names, compiled, seed, progress)
         out.print(suites.render(rows))
     elif problem:
         total = len(dtypes) * linear95.steps(len(names), compiled, len(linear95.sizes(device)))
@@ -70,12 +79,15 @@ def bench(
         more["agreements"] = [vars(a) for a in agreements]
     else:
         works = options.workloads(op, shape, "64x256", dtype, operand, device)
+        works = [dataclasses.replace(work, arrange=memory) for work in works]
         with output.steps(out, len(works) * measure.steps(len(names), compiled)) as progress:
             for work in works:
                 rows += measure.measure(work, names, compiled, seed, progress)
-    title_of = lambda row: f"{row.chain}   {workloads.shape_text(row.shape)}   {row.dtype}"
+    title_of = lambda row: f"{row.chain}   {row.size}   {row.dtype}"
     for title, group in itertools.groupby(rows if not parts else (), title_of):
         out.print(table.render(list(group), title))
+    if not (parts or problem):
+        out.print(report.MEASURES, markup=False, highlight=False)
     output.write(json_file, table.as_json(rows, device, **more))
     if not all(row.ok for row in rows):
         raise typer.Exit(1)

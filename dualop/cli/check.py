@@ -46,6 +46,7 @@ def check(
             step(i + 1, len(samples))
     ok = all(row.ok for row in rows)
     out.print(*report.checked(rows, by_quantity=bool(chain)), sep="\n")
+    out.print(report.MEASURES, markup=False, highlight=False)
     out.print(
         f"{'ok' if ok else 'MISMATCH'}: {', '.join(names)} {where}, {len(samples)} calls, {len(rows)} comparisons, "
         f"seed {seed}",

@@ -20,7 +20,16 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 Backends = Annotated[str, typer.Option("--backend", help="Those that `dualop doctor` lists, with commas, or all.")]
 Dtypes = Annotated[str, typer.Option("--dtype", help="Several with commas, or all.")]
 Operand = Annotated[
-    str, typer.Option(help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), scalar, full.")
+    str,
+    typer.Option(
+        help="Form of the operands: last (N,), channel (C, 1, ...), row (M, 1), position (M, N), scalar, full."
+    ),
+]
+Memory = Annotated[
+    str,
+    typer.Option(
+        help="How x lies: dense, channels_last, inner (x[:, 1:-1]), sliced, offset, every second, transposed, heads."
+    ),
 ]
 Shapes = Annotated[str, typer.Option("--shape", help="Several with commas (16384x8192; a small one on the CPU).")]
 Seed = Annotated[int, typer.Option(help="Of the random inputs.")]

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,11 @@ SPECIAL = (0.0, -0.0, *KINKS, *(torch.tensor(LARGE).bfloat16().double().tolist()
 class Case:
     """Describe one call of a chain, without its chain and dtype.
 
-    `operands` gives the forms of the operands in turn (see OPERAND_FORMS), `arrange` and `gradient` how x and gy lie
-    in memory (see `arranged`). `special` puts special values into every third element of x, and zeros among the
-    operands. `gpu` cases are too large for interpreted kernels. `mixed` gives the operands another dtype.
+    `operands` gives the forms of the operands in turn (see OPERAND_FORMS), `arrange`, `operand_arrange` and `gradient`
+    how x, operands of full size and gy lie in memory (see ARRANGEMENTS; gy may also lie as the `result`, or be dense
+    and of `one sign`, so that the terms of a sum do not cancel). `special` puts special values into every third element
+    of x, and zeros among the operands. `gpu` cases are too large for interpreted kernels. `mixed` gives the operands
+    another dtype.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Case:
     special: bool = False
     mixed: torch.dtype | None = None
     gpu: bool = False
+    operand_arrange: str = "dense"
 
     def has(self, dtype: str) -> bool:
         """Return True if the case is worth a call in `dtype`: mixing a dtype with itself is not."""
@@ -70,7 +74,15 @@ CASES = (
     Case("x broadcast", (1, 24), ("taller", "last")),
     Case("sliced x", (6, 33), ("last",), "sliced", "sliced"),
     Case("misaligned x", (6, 64), ("last",), "offset", "offset"),
+    Case("inner columns of x", (6, 30), ("last",), "inner", "result"),
+    Case("every second element of x", (6, 33), ("last",), "every second"),
+    Case("interleaved x and operand", (6, 32), ("full",), "every second", "result", operand_arrange="beside"),
     Case("transposed x", (12, 20), ("last",), "transposed"),
+    Case("transposed x and gy", (12, 20), ("last",), "transposed", "result"),
+    Case("transposed operand", (12, 20), ("full",), operand_arrange="transposed"),
+    Case("heads, operand a position", (2, 3, 4, 8), ("position",), "heads", "result"),
+    Case("heads, operand dense", (2, 3, 4, 8), ("full",), "heads", "result"),
+    Case("heads, operand heads", (2, 3, 4, 8), ("full",), "heads", "result", operand_arrange="heads"),
     Case("transposed gy", (12, 20), ("last",), gradient="transposed"),
     Case("gy of a sum", (12, 20), ("last",), gradient="expanded"),
     Case("one dimension", (1000,), ("last", "scalar")),
@@ -82,6 +94,8 @@ CASES = (
     Case("more rows than a grid", (70_000, 40), gpu=True),
     Case("long rows", (3, 300_000), ("last", "row"), gpu=True),
     Case("many columns and rows", (4099, 4099), gpu=True),
+    Case("a million rows", (1_000_000, 8), gpu=True),
+    Case("a million rows of one sign", (1_000_000, 8), gradient="one sign", gpu=True),
 )
 
 
@@ -107,6 +121,7 @@ OPERAND_FORMS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     "last": lambda shape: shape[-1:],
     "row": lambda shape: (*shape[:-1], 1),
     "channel": lambda shape: (shape[1], *[1] * (len(shape) - 2)),
+    "position": lambda shape: (*[1] * (len(shape) - 2), *shape[-2:]),
     "outer": lambda shape: (shape[0], *[1] * (len(shape) - 2), shape[-1]),
     "taller": lambda shape: (7, *shape[1:]),
     "scalar": lambda shape: (),
@@ -114,20 +129,43 @@ OPERAND_FORMS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
 }
 
 
-def arranged(values: Tensor, how: str) -> Tensor:
-    """Return the same values, laid out in memory as `how` says."""
-    shape, rank = values.shape, values.dim()
-    if how == "channels_last":
-        return values.contiguous(memory_format=torch.channels_last)
-    if how == "sliced":
-        return values.new_zeros(*shape[:-1], shape[-1] + 7)[..., 3:-4].copy_(values)
-    if how == "offset":
-        return values.new_zeros(values.numel() + 1)[1:].view(shape).copy_(values)
-    if how == "transposed":
-        return values.transpose(0, rank - 1).contiguous().transpose(0, rank - 1)
+def _swapped(a: int, b: int) -> Callable[..., Tensor]:
+    """Return an arrangement that is a contiguous tensor with two dimensions swapped."""
+
+    def allocate(shape: tuple[int, ...], **like: Any) -> Tensor:
+        order = list(range(len(shape)))
+        order[a], order[b] = order[b], order[a]
+        return torch.zeros([shape[d] for d in order], **like).permute(order)
+
+    return allocate
+
+
+# How a tensor may lie in memory: a function that allocates it, given its shape, dtype and device.
+ARRANGEMENTS: dict[str, Callable[..., Tensor]] = {
+    "dense": lambda shape, **like: torch.zeros(shape, **like),
+    "channels_last": lambda shape, **like: torch.zeros(shape, **like).to(memory_format=torch.channels_last),
+    "inner": lambda shape, **like: torch.zeros((*shape[:-1], shape[-1] + 2), **like)[..., 1:-1],
+    "sliced": lambda shape, **like: torch.zeros((*shape[:-1], shape[-1] + 7), **like)[..., 3:-4],
+    "offset": lambda shape, **like: torch.zeros(math.prod(shape) + 1, **like)[1:].view(shape),
+    "every second": lambda shape, **like: torch.zeros((*shape[:-1], 2 * shape[-1]), **like)[..., ::2],
+    "transposed": _swapped(0, -1),
+    "heads": _swapped(1, 2),  # (batch, heads, length, size) of attention, as a linear layer gives them
+}
+
+
+def allocated(shape: Sequence[int], how: str, dtype: torch.dtype, device: Any, x: Tensor | None = None) -> Tensor:
+    """Return zeros that lie in memory as `how` says; `beside` is between the elements of x, which is `every second`."""
+    if how == "beside":
+        assert x is not None and x.shape == tuple(shape) and x.stride(-1) == 2
+        return x.as_strided(x.shape, x.stride(), x.storage_offset() + 1)
+    return ARRANGEMENTS[how](tuple(shape), dtype=dtype, device=device)
+
+
+def arranged(values: Tensor, how: str, x: Tensor | None = None) -> Tensor:
+    """Return the same values, laid out in memory as `how` says; `expanded` repeats the first of them."""
     if how == "expanded":
-        return values.flatten()[0].expand(shape)
-    return values.contiguous()
+        return values.flatten()[0].expand(values.shape)
+    return allocated(values.shape, how, values.dtype, values.device, x).copy_(values)
 
 
 def sample(chain: Chain, case: Case, dtype: str, device: torch.device | str, seed: int) -> Sample:
@@ -143,16 +181,22 @@ def sample(chain: Chain, case: Case, dtype: str, device: torch.device | str, see
         flat = x.view(-1)
         count = flat[::3].numel()
         flat[::3] = torch.tensor(SPECIAL, dtype=torch.float64).repeat(count // len(SPECIAL) + 1)[:count]
+    x = arranged(x.to(device, DTYPES[dtype]), case.arrange)
     operands = []
     for i, _ in enumerate(chain.operands):
-        values = normal(OPERAND_FORMS[case.operands[i % len(case.operands)]](case.shape))
+        form = case.operands[i % len(case.operands)]
+        values = normal(OPERAND_FORMS[form](case.shape))
         values = torch.where(values < 0, values - 0.25, values + 0.25)  # a divisor near zero drowns all else
         if case.special and values.numel() > 1:
             values.view(-1)[::2] = 0.0
-        operands.append(values.to(device, case.mixed or DTYPES[dtype]))
-    x = arranged(x.to(device, DTYPES[dtype]), case.arrange)
+        values = values.to(device, case.mixed or DTYPES[dtype])
+        operands.append(arranged(values, case.operand_arrange if form == "full" else "dense", x))
     result = sum(operands, x)  # torch promotes and broadcasts
-    gy = arranged(normal(result.shape).to(result), case.gradient)
+    gy = normal(result.shape).to(result)
+    if case.gradient == "result":
+        gy = torch.empty_like(result).copy_(gy)
+    else:
+        gy = gy.abs() if case.gradient == "one sign" else arranged(gy, case.gradient)
     mixed = f", {str(case.mixed).removeprefix('torch.')} operands" if case.mixed else ""
     return Sample(x, tuple(operands), gy, dtype, case.name + mixed)
 

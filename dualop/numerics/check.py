@@ -64,7 +64,11 @@ def results(
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one quantity of one backend against float64 or another backend."""
+    """Hold one quantity of one backend against float64 or another backend.
+
+    `error` and what is `allowed` are in `unit`: ulps, or u * sum|terms| of a sum (ulp.py). `beyond_rounding` is what is
+    left of the error where float64 starts from x + bias as rounded to float32 (None where that says nothing).
+    """
 
     backend: str
     against: str
@@ -73,8 +77,10 @@ class Row:
     shape: list[int]
     layout: str
     quantity: str
-    max_ulp: float | None  # None: infinite
-    allowed_ulp: float
+    unit: str
+    error: float | None  # None: infinite
+    allowed: float
+    beyond_rounding: float | None
     where: list[int] | None
     note: str
     ok: bool
@@ -87,9 +93,9 @@ class Row:
     @property
     def severity(self) -> float:
         """Return how close the error is to its tolerance; it is above 1 beyond it."""
-        if self.max_ulp is None:
+        if self.error is None:
             return torch.inf
-        return (not self.ok) + (self.max_ulp / self.allowed_ulp if self.allowed_ulp else 0.0)
+        return (not self.ok) + (self.error / self.allowed if self.allowed else 0.0)
 
 
 def cross_check(chain: Chain, sample: Sample, backends: Sequence[str]) -> list[Row]:
@@ -99,13 +105,18 @@ def cross_check(chain: Chain, sample: Sample, backends: Sequence[str]) -> list[R
     """
     call: dict[str, Any] = dict(chain=str(chain), dtype=sample.dtype, shape=list(sample.x.shape), layout=sample.layout)
 
-    def row(backend: str, against: str, quantity: str, result: Comparison, note: str) -> Row:
+    def row(
+        backend: str, against: str, quantity: str, result: Comparison, note: str, beyond: float | None = None
+    ) -> Row:
+        figure = lambda error: round(error, 4) if error is not None and error < torch.inf else None
         return Row(
             backend=backend,
             against=against,
             quantity=quantity,
-            max_ulp=round(result.max_ulp, 4) if result.max_ulp < torch.inf else None,
-            allowed_ulp=round(result.allowed, 3),
+            unit=exact[quantity].unit,
+            error=figure(result.error),
+            allowed=round(result.allowed, 3),
+            beyond_rounding=figure(beyond),
             where=None if result.where is None else list(result.where),
             note=note,
             ok=result.ok,
@@ -126,9 +137,9 @@ def cross_check(chain: Chain, sample: Sample, backends: Sequence[str]) -> list[R
         for quantity, value in found[backend].items():
             right = exact[quantity]
             result = right.judge(value, backend)
-            rows.append(row(backend, "float64", quantity, result, result.note()))
+            rows.append(row(backend, "float64", quantity, result, result.note(), right.beyond_rounding(value)))
             for other in names[i + 1 :]:
                 both = right.tolerance(backend, value.dtype) + right.tolerance(other, value.dtype)
-                result = compare(value, found[other][quantity], both, right.scale, right.unsettled)
+                result = compare(value, found[other][quantity], both, right.units(value.dtype), right.unsettled)
                 rows.append(row(backend, other, quantity, result, result.note(other)))
     return rows

@@ -12,8 +12,16 @@ from rich.text import Text
 from dualop.numerics import check, verify
 from dualop.numerics.verify import EAGER_SLACK, LIMIT, ORDINARY
 
-WORDS = ("chain", "dtype", "backend", "against", "of", "where", "verdict")  # columns of words, not of numbers
+WORDS = ("chain", "dtype", "backend", "against", "of", "in", "where", "verdict")  # columns of words, not of numbers
 MOST_MISMATCHES = 40
+# What `dualop check` and `dualop bench` print with their figures.
+MEASURES = (
+    "Errors are against float64. y, grad x and the gradient of an operand of full size are in ulps: the error divided "
+    "by the spacing of the dtype at max(|exact|, S / 1024), S the largest magnitude in the tensor. The gradient of a "
+    "broadcast operand is a sum: its error is divided by u Σ|terms|, u the unit roundoff of its dtype (half of eps). "
+    "In float32 the rounding of x + bias alone moves grad x by many ulps where a slope is near 0; 'beyond rounding' is "
+    "the error against float64 that starts from x + bias (or another first stage with an operand) as float32 rounds it."
+)
 
 
 def ulp_text(ulp: float | None) -> str:
@@ -57,28 +65,36 @@ def _verdict(rows: Sequence[check.Row]) -> str:
     return rows[0].verdict if len(rows) == 1 else f"{bad} differ" if bad else "ok"
 
 
-# Of comparisons of one dtype and pair, the worst first.
+def _kind(row: check.Row) -> str:
+    """Return y, grad_x or operands: which comparisons of one unit stand in one line."""
+    return row.quantity if row.quantity in ("y", "grad_x") else "operands"
+
+
+# Of comparisons of one dtype, pair and unit, the one nearest to its tolerance first.
 CHECKED: dict[str, Callable[[Sequence[check.Row]], str]] = {
     "dtype": lambda rows: rows[0].dtype,
     "backend": lambda rows: rows[0].backend,
     "against": lambda rows: rows[0].against,
-    "of": lambda rows: rows[0].quantity if len({row.quantity for row in rows}) == 1 else "gradients",
+    "of": lambda rows: _kind(rows[0]) if len({row.quantity for row in rows}) > 1 else rows[0].quantity,
     "compared": lambda rows: str(len(rows)),
-    "ulp": lambda rows: ulp_text(rows[0].max_ulp),
-    "allowed": lambda rows: f"{rows[0].allowed_ulp:.4g}",
+    "in": lambda rows: rows[0].unit,
+    "error": lambda rows: ulp_text(rows[0].error),
+    "allowed": lambda rows: f"{rows[0].allowed:.4g}",
+    "beyond rounding": lambda rows: "" if rows[0].beyond_rounding is None else ulp_text(rows[0].beyond_rounding),
     "where": lambda rows: _place(rows[0]),
     "verdict": _verdict,
 }
 
 
 def checked(rows: Sequence[check.Row], by_quantity: bool = False) -> list[Table]:
-    """Return a table with a line for each dtype and pair, results and gradients apart, and one of what failed, if any.
+    """Return a table with a line for each dtype and pair, and one of what failed, if any.
 
-    A line shows the comparison nearest to its tolerance. `by_quantity` gives every gradient a line of its own. Of the
+    Results, gradients of x, of operands of full size and of broadcast operands stand apart. A line shows the comparison
+    nearest to its tolerance. `by_quantity` gives every operand a line of its own. Of the
     failures there are at most MOST_MISMATCHES, the worst.
     """
-    kind = lambda row: row.quantity if by_quantity or row.quantity == "y" else "gradients"
-    group = lambda row: (row.dtype, row.backend, row.against, kind(row))
+    kind = lambda row: row.quantity if by_quantity else _kind(row)
+    group = lambda row: (row.dtype, row.backend, row.against, kind(row), row.unit)
     groups: dict[tuple[str, ...], list[check.Row]] = {group(row): [] for row in rows}
     worst = sorted(rows, key=lambda row: row.severity, reverse=True)
     for row in worst:

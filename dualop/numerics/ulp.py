@@ -1,8 +1,13 @@
-"""Say what an ulp is, measure errors in it, and word them.
+"""Say what errors are measured in, measure them, and word them.
 
-An error is divided by the spacing of its dtype at max(|exact|, S / 1024), where S is the largest magnitude of the exact
-result over ordinary inputs. So a value counts by its own digits unless it is a thousand times smaller than what the
-tensor holds; there its absolute error counts.
+An error of a value is divided by an ulp: the spacing of its dtype at max(|exact|, S / 1024), where S is the largest
+magnitude of the exact result over ordinary inputs. So a value counts by its own digits unless it is a thousand times
+smaller than what the tensor holds; there its absolute error counts.
+
+An error of a sum is divided by u * sum|terms|, where u is the unit roundoff of its dtype (half of eps): what is left of
+the terms may be a thousand times smaller than they are, and no order of adding them up is accurate to its last digit.
+This is the measure of the error analysis of summation (N. J. Higham, Accuracy and Stability of Numerical Algorithms,
+2nd edition, section 4.2). Here too sum|terms| counts as at least S / 1024, where S is the largest in the tensor.
 """
 
 from __future__ import annotations
@@ -29,8 +34,18 @@ def measured_at(exact: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     return exact.abs().clamp_(min=max(min(scale, info.max) / 1024, info.tiny))
 
 
+def ulp(exact: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """Return the ulp of each element of `exact` (float64) in `dtype`; `scale` is S."""
+    return spacing(measured_at(exact, dtype, scale).clamp_(max=torch.finfo(dtype).max).nan_to_num_(), dtype)
+
+
 def ulps(actual: Tensor, exact: Tensor, dtype: torch.dtype, scale: float = 0.0) -> Tensor:
-    """Return the error of each element of `actual` against `exact` (float64) in ulps of `dtype`; `scale` is S.
+    """Return the error of each element of `actual` against `exact` (float64) in ulps of `dtype`; `scale` is S."""
+    return errors(actual, exact, dtype, ulp(exact, dtype, scale))
+
+
+def errors(actual: Tensor, exact: Tensor, dtype: torch.dtype, unit: Tensor) -> Tensor:
+    """Return the error of each element of `actual`, a number of `dtype`, against `exact` (float64) in units of `unit`.
 
     NaN equals only NaN. An infinity equals itself or a value that overflows to it. Every other error with a NaN or an
     infinity is inf.
@@ -42,9 +57,7 @@ def ulps(actual: Tensor, exact: Tensor, dtype: torch.dtype, scale: float = 0.0) 
     certain = exact.abs() > 1.01 * beyond  # so large that not even an error of an ulp leaves a finite number
     infinite = torch.where(exact > 0, torch.inf, -torch.inf).to(exact.dtype)
     exact = torch.where(certain, infinite, exact)
-    bounded = exact.clamp(-beyond, beyond)
-    magnitude = measured_at(bounded, dtype, scale).clamp_(max=info.max)
-    error = (actual.clamp(-beyond, beyond) - bounded).abs() / spacing(magnitude.nan_to_num(), dtype)
+    error = (actual.clamp(-beyond, beyond) - exact.clamp(-beyond, beyond)).abs() / unit
     error = torch.where(torch.isinf(exact), torch.where(actual == exact, 0.0, torch.inf), error)
     both, either = exact.isnan() & actual.isnan(), exact.isnan() | actual.isnan()
     return error.masked_fill(either, torch.inf).masked_fill(both, 0.0)
@@ -71,12 +84,12 @@ def largest(exact: Tensor, ordinary: Tensor | None = None) -> float:
 class Comparison:
     """Hold the outcome for one tensor: the largest error (beyond its tolerance, if any is), and where it is.
 
-    `max_ulp` is infinite where NaN or infinity stands against a number. `actual`, `exact` and `allowed` are the values
-    and the tolerance there.
+    `error` and `allowed`, the tolerance there, are in ulps or in the unit that was given; `error` is infinite where NaN
+    or infinity stands against a number. `actual` and `exact` are the values there.
     """
 
     ok: bool
-    max_ulp: float
+    error: float
     where: tuple[int, ...] | None = None
     actual: float = 0.0
     exact: float = 0.0
@@ -94,13 +107,14 @@ def compare(
     actual: Tensor,
     exact: Tensor,
     tolerance: float | Tensor,
-    scale: float | None = None,
+    unit: Tensor | None = None,
     unsettled: Tensor | None = None,
 ) -> Comparison:
-    """Compare `actual` with `exact`, of one shape and any floating dtypes, in ulps of `actual`'s dtype.
+    """Compare `actual` with `exact`, of one shape and any floating dtypes.
 
-    `tolerance` is in ulps, for all or for each element; `scale` is S, by default taken from `exact`; where `unsettled`
-    (bool) is true, any value is accepted. Raises ValueError if the shapes differ.
+    `unit` is what an error of 1 is at each element, by default an ulp of `actual`'s dtype with S taken from `exact`.
+    `tolerance` is in this unit, for all or for each element; where `unsettled` (bool) is true, any value is accepted.
+    Raises ValueError if the shapes differ.
     """
     if actual.shape != exact.shape:
         raise ValueError(f"shapes differ: {tuple(actual.shape)} and {tuple(exact.shape)}")
@@ -108,7 +122,7 @@ def compare(
         return Comparison(True, 0.0)
     exact = exact.detach().double()
     actual = actual.detach().to(exact.device)
-    error = ulps(actual, exact, actual.dtype, largest(exact) if scale is None else scale)
+    error = errors(actual, exact, actual.dtype, ulp(exact, actual.dtype, largest(exact)) if unit is None else unit)
     if unsettled is not None:
         error = error.masked_fill(unsettled, 0.0)
     beyond = ~(error <= tolerance)
