@@ -1,0 +1,140 @@
+// The ops dualop::forward and dualop::backward in C++: compiled graphs, and whoever calls an op by its own name, replay.
+//
+// The ops' kernels in Python stay registered. Those below stand before them, at keys of their own:
+//
+//     AutogradCPU, AutogradCUDA   leave autograd where nobody differentiates, before Python's kernel at Autograd
+//     BackendSelect               replays; every call passes this key last of all before its device's
+//
+// Below these keys no mode, transform or tracer can observe a call any more: the dispatcher has served them. The profiler
+// has the op's row from the dispatcher.
+#pragma once
+#include "call.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <chrono>
+#include <thread>
+
+namespace dualop {
+
+using c10::DispatchKey, c10::DispatchKeySet, c10::OperatorHandle, c10::Stack;
+
+// Where the arguments of an op stand, as in dualop/op/definition.py; the wanted gradients and the order come last.
+struct Forward {
+    static constexpr const char* NAME = "dualop::forward";
+    static constexpr size_t COUNT = 4, OPERANDS = 1;
+};
+struct Backward {
+    static constexpr const char* NAME = "dualop::backward";
+    static constexpr size_t COUNT = 7, OPERANDS = 2;
+};
+
+template <class Op, class F> void each_tensor(c10::ArrayRef<c10::IValue> arguments, F body) {
+    for (size_t i = 0; i < Op::OPERANDS; i++) body(arguments[i].toTensor());
+    for (const c10::IValue& operand : arguments[Op::OPERANDS].toListRef()) body(operand.toTensor());
+}
+
+// False for a call that is wrong: its kernel in Python says why.
+template <class Op> bool read_wanted(c10::ArrayRef<c10::IValue> arguments, const Inputs& inputs, Wanted& wanted) {
+    wanted = FORWARD;
+    if constexpr (std::is_same_v<Op, Forward>) return true;
+    const auto needs = arguments[Op::COUNT - 2].toListRef();
+    wanted = arguments[Op::COUNT - 1].toInt();
+    if (needs.size() + 1 != inputs.size() || needs.size() > MOST_INPUTS || (wanted != 1 && wanted != 2)) return false;
+    for (const c10::IValue& need : needs) wanted = and_whether(wanted, need.toBool());
+    return true;
+}
+
+// The call that may be replayed now; null: Python has to make it.
+template <class Op> std::shared_ptr<const Call> known(c10::ArrayRef<c10::IValue> arguments, const Inputs& inputs) {
+    Wanted wanted;
+    Key key;
+    if (!read_wanted<Op>(arguments, inputs, wanted) || !describe(wanted, inputs, key)) return nullptr;
+    const std::string &chain = arguments[Op::OPERANDS + 1].toStringRef(), &name = arguments[Op::OPERANDS + 2].toStringRef();
+    const Lock lock;
+    PyObject* names = Py_BuildValue("s#s#", chain.data(), Py_ssize_t(chain.size()), name.data(),
+                                    Py_ssize_t(name.size()));
+    PyObject* calls = names ? PyDict_GetItemWithError(python.known, names) : nullptr;  // borrowed
+    Py_XDECREF(names);
+    if (PyErr_Occurred()) PyErr_Clear();
+    if (!calls || Py_TYPE(calls) != &calls_type) return nullptr;
+    const auto call = reinterpret_cast<CallsObject*>(calls)->calls->replayable(key);
+    return call && call->allowed(inputs[0]->device()) ? call : nullptr;
+}
+
+// Replaces the arguments by what the call gives; false where Python has to make it.
+template <class Op> bool replayed(Stack& stack) {
+    const auto arguments = torch::jit::last(stack, Op::COUNT);
+    Inputs inputs;
+    bool plain = true;
+    each_tensor<Op>(arguments, [&](const at::Tensor& tensor) {
+        inputs.push_back(tensor.unsafeGetTensorImpl());
+        plain = plain && is_plain(*inputs.back());
+    });
+    if (!plain) return false;
+    const auto call = known<Op>(arguments, inputs);
+    Tensors made;
+    if (!call || !call->run(inputs, made)) return false;
+    torch::jit::drop(stack, Op::COUNT);
+    if constexpr (std::is_same_v<Op, Forward>) {
+        stack.emplace_back(std::move(made[call->results[0]]));
+    } else {
+        c10::List<at::Tensor> gradients;
+        for (int result : call->results) {
+            if (result >= 0) gradients.push_back(std::move(made[result]));
+        }
+        stack.emplace_back(std::move(gradients));
+    }
+    return true;
+}
+
+template <class Op> void on_device(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    constexpr DispatchKeySet below(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
+    if (!replayed<Op>(*stack)) op.redispatchBoxed(keys & below, stack);
+}
+
+// Whether a transform of torch.func, a dual number or a graph of autograd's needs the op's derivative.
+template <class Op> bool differentiated(c10::ArrayRef<c10::IValue> arguments) {
+    constexpr DispatchKeySet transforms(
+        {DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode});
+    if (c10::impl::tls_local_dispatch_key_set().included_.has_any(transforms)) return true;
+    const bool graph = c10::GradMode::is_enabled();
+    bool any = false;
+    each_tensor<Op>(arguments, [&](const at::Tensor& tensor) {
+        any = any || (graph && tensor.requires_grad()) || tensor._fw_grad(0).defined();
+    });
+    return any;
+}
+
+template <class Op> void with_autograd(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    if (differentiated<Op>(torch::jit::last(*stack, Op::COUNT))) {
+        op.callBoxedForDispatchKey(DispatchKey::Autograd, *stack);
+    } else {
+        op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    }
+}
+
+template <c10::BoxedKernel::BoxedKernelFunction_withDispatchKeys* kernel>
+void register_kernel(const char* name, DispatchKey key) {
+    auto function = c10::KernelFunction::makeFromBoxedFunction<kernel>();
+    auto& dispatcher = c10::Dispatcher::singleton();
+    new auto(dispatcher.registerImpl({name, ""}, key, std::move(function), std::nullopt, nullptr, "dualop/replay"));
+}
+
+// Registers the kernels for the rest of the process; the caller has Python's lock.
+inline void register_kernels() {
+    static bool done = false;
+    if (done) return;
+    done = true;
+    // torch changes its table of kernels without a lock. A thread that looks into it while this happens began to before
+    // Python's lock was taken here, and waits for that lock as soon as it is in a kernel in Python.
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    register_kernel<on_device<Forward>>(Forward::NAME, DispatchKey::BackendSelect);
+    register_kernel<on_device<Backward>>(Backward::NAME, DispatchKey::BackendSelect);
+    for (const DispatchKey key : {DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA}) {
+        register_kernel<with_autograd<Forward>>(Forward::NAME, key);
+        register_kernel<with_autograd<Backward>>(Backward::NAME, key);
+    }
+}
+
+}  // namespace dualop
