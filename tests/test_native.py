@@ -279,10 +279,10 @@ def said(process: subprocess.Popen) -> str:
 
 def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
     script = (
-        "import time; from dualop import replay; now = time.perf_counter\n"
-        "start = now(); first = replay.calls('relu', 'cuda', 'cuda', None, None); took = now() - start\n"
-        "while replay.calls('relu', 'cuda', 'cuda', None, None) is None and now() < start + 100: time.sleep(0.05)\n"
-        "print(first, took < 1, len(replay.calls('relu', 'auto', 'cuda', None, None)))\n"
+        "import time; from dualop import replay; now, CUDA = time.perf_counter, ('relu', 'cuda')\n"
+        "start = now(); first = replay.calls(CUDA, CUDA, None, None); took = now() - start\n"
+        "while replay.calls(CUDA, CUDA, None, None) is None and now() < start + 100: time.sleep(0.05)\n"
+        "print(first, took < 1, len(replay.calls(('relu', 'auto'), CUDA, None, None)))\n"
     )
     processes = [python(script, DUALOP_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [said(process) for process in processes] == ["None True 0"] * 2
@@ -301,8 +301,8 @@ def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
 )
 def test_without_the_extension_python_serves(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
     script = (
-        "import torch, dualop; from dualop import replay\n"
-        "assert not replay.load() and replay.calls('relu', 'cuda', 'cuda', None, None) is None\n"
+        "import torch, dualop; from dualop import replay; CUDA = ('relu', 'cuda')\n"
+        "assert not replay.load() and replay.calls(CUDA, CUDA, None, None) is None\n"
         "x = torch.ones(3); assert dualop.chain('relu')(x, backend='reference').equal(x) and not replay.known\n"
         "print(replay.why_not)\n"
     )

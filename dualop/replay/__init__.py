@@ -6,7 +6,7 @@
 
 The first call of its kind runs in Python and is recorded (dualop/replay/record.py): which memory it allocates, and what
 its launchers receive. Each later call with tensors of the same layouts, dtypes, device and alignment is replayed from
-the record: allocate, fill in addresses, call the launchers. There are two ways to the records. `replay` in module.cpp
+the record: allocate, fill in addresses, call the launchers. There are two ways to the records. `replay` in calls.h
 serves the short way of a chain that is called in Python, and checks that nothing observes the call. The kernels in
 operators.h serve the ops by their own names; torch's dispatcher calls them where nothing observes the call any more.
 
@@ -36,7 +36,7 @@ from torch.autograd import forward_ad
 from dualop import torch_private
 from dualop.build import build, locks, toolchain
 
-SOURCES = ("tensors.h", "triton.h", "call.h", "operators.h", "module.cpp")
+SOURCES = ("tensors.h", "triton.h", "call.h", "calls.h", "operators.h", "module.cpp")
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
 LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10")
 SECONDS = 120  # longer than any compiler needs, so that a hanging one is abandoned

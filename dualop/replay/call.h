@@ -106,14 +106,4 @@ struct Calls : std::unordered_map<Key, std::shared_ptr<const Call>, Hash> {
     }
 };
 
-// The same as an object of Python's.
-struct CallsObject {
-    PyObject_HEAD
-    vectorcallfunc call;
-    PyObject* first;  // the autograd.Function's first argument
-    PyObject* apply;  // that Function's
-    Calls* calls;
-};
-extern PyTypeObject calls_type;
-
 }  // namespace dualop

@@ -8,7 +8,7 @@
 // Below these keys no mode, transform or tracer can observe a call any more: the dispatcher has served them. The profiler
 // has the op's row from the dispatcher.
 #pragma once
-#include "call.h"
+#include "calls.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
@@ -45,20 +45,24 @@ template <class Op> bool read_wanted(c10::ArrayRef<c10::IValue> arguments, const
     return true;
 }
 
+// The calls of the chain and the backend that an op was given, or null; the caller has Python's lock.
+template <class Op> CallsObject* calls_for(c10::ArrayRef<c10::IValue> arguments) {
+    const std::string &chain = arguments[Op::OPERANDS + 1].toStringRef(), &name = arguments[Op::OPERANDS + 2].toStringRef();
+    PyObject* names = Py_BuildValue("s#s#", chain.data(), Py_ssize_t(chain.size()), name.data(), Py_ssize_t(name.size()));
+    PyObject* calls = names ? PyDict_GetItemWithError(python.known, names) : nullptr;  // borrowed
+    Py_XDECREF(names);
+    if (!calls) PyErr_Clear();
+    return calls && Py_TYPE(calls) == &calls_type ? reinterpret_cast<CallsObject*>(calls) : nullptr;
+}
+
 // The call that may be replayed now; null: Python has to make it.
 template <class Op> std::shared_ptr<const Call> known(c10::ArrayRef<c10::IValue> arguments, const Inputs& inputs) {
     Wanted wanted;
     Key key;
     if (!read_wanted<Op>(arguments, inputs, wanted) || !describe(wanted, inputs, key)) return nullptr;
-    const std::string &chain = arguments[Op::OPERANDS + 1].toStringRef(), &name = arguments[Op::OPERANDS + 2].toStringRef();
     const Lock lock;
-    PyObject* names = Py_BuildValue("s#s#", chain.data(), Py_ssize_t(chain.size()), name.data(),
-                                    Py_ssize_t(name.size()));
-    PyObject* calls = names ? PyDict_GetItemWithError(python.known, names) : nullptr;  // borrowed
-    Py_XDECREF(names);
-    if (PyErr_Occurred()) PyErr_Clear();
-    if (!calls || Py_TYPE(calls) != &calls_type) return nullptr;
-    const auto call = reinterpret_cast<CallsObject*>(calls)->calls->replayable(key);
+    CallsObject* calls = calls_for<Op>(arguments);
+    const auto call = calls ? calls->calls->replayable(key) : nullptr;
     return call && call->allowed(inputs[0]->device()) ? call : nullptr;
 }
 
@@ -106,11 +110,40 @@ template <class Op> bool differentiated(c10::ArrayRef<c10::IValue> arguments) {
     return any;
 }
 
+// Replaces forward's arguments by its result with a node of autograd's, as the short way makes it; false where Python's
+// kernel has to. It also reports an error that comes up here, when it comes up again.
+inline bool with_node(Stack& stack) {
+    const auto arguments = torch::jit::last(stack, Forward::COUNT);
+    const Lock lock;
+    CallsObject* calls = calls_for<Forward>(arguments);
+    if (!calls) return false;
+    c10::SmallVector<PyObject*, 8> objects;
+    each_tensor<Forward>(arguments, [&](const at::Tensor& tensor) {
+        objects.push_back(THPVariable_Wrap(at::TensorBase(tensor)));
+    });
+    const bool wrapped = !PyErr_Occurred();
+    PyObject* y = wrapped ? replay(calls, FORWARD, objects.data(), Py_ssize_t(objects.size())) : nullptr;
+    for (PyObject* object : objects) Py_XDECREF(object);
+    if (!y) {
+        if (PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();
+        PyErr_Clear();
+        return false;
+    }
+    const bool made = y != Py_None;
+    if (made) {
+        torch::jit::drop(stack, Forward::COUNT);
+        auto* result = const_cast<TensorImpl*>(&tensor_in(y));
+        stack.emplace_back(at::Tensor(c10::intrusive_ptr<TensorImpl, c10::UndefinedTensorImpl>::reclaim_copy(result)));
+    }
+    Py_DECREF(y);
+    return made;
+}
+
 template <class Op> void with_autograd(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
-    if (differentiated<Op>(torch::jit::last(*stack, Op::COUNT))) {
-        op.callBoxedForDispatchKey(DispatchKey::Autograd, *stack);
-    } else {
+    if (!differentiated<Op>(torch::jit::last(*stack, Op::COUNT))) {
         op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    } else if (!std::is_same_v<Op, Forward> || !with_node(*stack)) {
+        op.callBoxedForDispatchKey(DispatchKey::Autograd, *stack);
     }
 }
 
