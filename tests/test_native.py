@@ -143,8 +143,8 @@ def test_modes_are_seen(mode: Any, pair: tuple[Tensor, Tensor]) -> None:
     calls = known(*pair)
     with mode():
         assert calls(pair[0], (pair[1],)) is None and not calls.unknown(None, pair)
-        needs = (False, True, True)
-        assert calls.backward(needs, pair[0], *pair) is None and not calls.unknown(needs, (pair[0], *pair))
+        assert calls.backward((False, True, True), pair[0], *pair) is None
+        assert not calls.unknown((1, True, True), (pair[0], *pair))
     assert isinstance(calls(pair[0], (pair[1],)), Tensor)
 
 
@@ -164,6 +164,8 @@ def test_what_is_no_call_is_refused(pair: tuple[Tensor, Tensor]) -> None:
         assert calls.backward((False, True, True), pair[0], *pair) is None
     with pytest.raises(TypeError):
         calls.backward(pair[0])
+    with pytest.raises(TypeError, match="order"):
+        calls.unknown([1, True, True], (pair[0], *pair))
 
 
 def test_errors_are_as_before(pair: tuple[Tensor, Tensor], by_python: list[str]) -> None:

@@ -47,8 +47,8 @@ inline bool is_current(c10::Device device) {
     return device.is_cpu() || c10::impl::VirtualGuardImpl(device.type()).getDevice() == device;
 }
 
-// Nothing to launch: a call that is known to go another way. `results` are places among the buffers, of the result or of
-// the gradients of x and the operands; -1: not wanted.
+// Nothing to launch: a call that is known to go another way. `results` are places among the buffers: of the result, or of
+// the gradients of x and the operands, -1 for one that nobody wants.
 struct Call {
     std::vector<Buffer> buffers;
     std::vector<Launch> launches;

@@ -1,6 +1,6 @@
 // The Python module: `setup`, and the type Calls, the calls of one chain on one backend that are known.
 //
-//     calls(x, operands)                    the result, with a node of the autograd.Function if anything requires a gradient
+//     calls(x, operands)                    the result, with a node of the autograd.Function if one requires a gradient
 //     calls.backward(needs, gy, *tensors)   what the Function's backward returns
 //
 // Both return None for a call that has to run in Python: it is not known, or something watches it, its tensors are not
@@ -112,7 +112,8 @@ PyObject* learn(PyObject* object, PyObject* arguments) {
         }
         if (!append_launches(launches, call->launches) || !append_numbers(results, call->results)) return nullptr;
         for (int result : call->results) {
-            if (result >= static_cast<int>(call->buffers.size())) return PyErr_Format(PyExc_IndexError, "no such buffer");
+            const bool there = result < static_cast<int>(call->buffers.size());
+            if (!there) return PyErr_Format(PyExc_IndexError, "no such buffer");
         }
         auto* self = reinterpret_cast<CallsObject*>(object);
         if (self->calls->size() >= MOST) self->calls->clear();
@@ -162,7 +163,9 @@ void destroy(PyObject* object) {
     Py_TYPE(object)->tp_free(object);
 }
 
-Py_ssize_t size(PyObject* object) { return static_cast<Py_ssize_t>(reinterpret_cast<CallsObject*>(object)->calls->size()); }
+Py_ssize_t size(PyObject* object) {
+    return static_cast<Py_ssize_t>(reinterpret_cast<CallsObject*>(object)->calls->size());
+}
 
 PyMethodDef methods[] = {
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(backward)), METH_FASTCALL, nullptr},
@@ -189,8 +192,8 @@ PyTypeObject make_type() {
 }
 PyTypeObject calls_type = make_type();
 
-// setup(tensor, tensor_class, parameter_class, plain_keys, profiling, levels, known): from now on the ops replay what is
-// in `known`. ImportError where torch keeps its tensors otherwise than PythonTensor says.
+// setup(tensor, tensor_class, parameter_class, plain_keys, profiling, levels, known): the ops replay what is in `known`
+// from now on. ImportError where torch keeps its tensors otherwise than PythonTensor says.
 PyObject* setup(PyObject*, PyObject* arguments) {
     PyObject *tensor, *keys;
     Python p = {};
@@ -204,7 +207,8 @@ PyObject* setup(PyObject*, PyObject* arguments) {
     Py_DECREF(address);
     if (!as_expected) return PyErr_Format(PyExc_ImportError, "this torch keeps a tensor at another place");
     p.level = PyUnicode_InternFromString("_current_level");
-    if (!append_numbers(keys, p.plain_keys)) return nullptr;
+    // Threads without Python's lock read them, so they stay what they are: facts about this torch.
+    if (plain_keys.empty() && !append_numbers(keys, plain_keys)) return nullptr;
     for (PyObject* kept : {p.tensor_class, p.parameter_class, p.profiling, p.levels, p.known}) {
         Py_INCREF(kept);
     }

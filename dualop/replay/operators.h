@@ -1,12 +1,12 @@
-// The ops dualop::forward and dualop::backward in C++: compiled graphs, and whoever calls an op by its own name, replay.
+// The ops dualop::forward and dualop::backward replay, in compiled graphs and where they are called by their own names.
 //
 // The ops' kernels in Python stay registered. Those below stand before them, at keys of their own:
 //
-//     AutogradCPU, AutogradCUDA   leave autograd where nobody differentiates, before Python's kernel at Autograd
-//     BackendSelect               replays; every call passes this key last of all before its device's
+//     AutogradCPU, AutogradCUDA   before Python's kernel at Autograd: leaves autograd where nobody differentiates
+//     BackendSelect               replays; it is the last key that a call passes before its device's
 //
-// Below these keys no mode, transform or tracer can observe a call any more: the dispatcher has served them. The profiler
-// has the op's row from the dispatcher.
+// At BackendSelect the dispatcher has served every mode, transform, tracer and subclass, so that none can observe the
+// call any more, and the profiler has the op's row.
 #pragma once
 #include "calls.h"
 
@@ -47,8 +47,9 @@ template <class Op> bool read_wanted(c10::ArrayRef<c10::IValue> arguments, const
 
 // The calls of the chain and the backend that an op was given, or null; the caller has Python's lock.
 template <class Op> CallsObject* calls_for(c10::ArrayRef<c10::IValue> arguments) {
-    const std::string &chain = arguments[Op::OPERANDS + 1].toStringRef(), &name = arguments[Op::OPERANDS + 2].toStringRef();
-    PyObject* names = Py_BuildValue("s#s#", chain.data(), Py_ssize_t(chain.size()), name.data(), Py_ssize_t(name.size()));
+    const auto &chain = arguments[Op::OPERANDS + 1].toStringRef(), &backend = arguments[Op::OPERANDS + 2].toStringRef();
+    PyObject* names = Py_BuildValue("s#s#", chain.data(), static_cast<Py_ssize_t>(chain.size()), backend.data(),
+                                    static_cast<Py_ssize_t>(backend.size()));
     PyObject* calls = names ? PyDict_GetItemWithError(python.known, names) : nullptr;  // borrowed
     Py_XDECREF(names);
     if (!calls) PyErr_Clear();
@@ -110,20 +111,28 @@ template <class Op> bool differentiated(c10::ArrayRef<c10::IValue> arguments) {
     return any;
 }
 
+// Tensors as objects of Python's, whose lock the thread has. An error is left where one could not be made.
+struct Objects : c10::SmallVector<PyObject*, 8> {
+    Objects() = default;
+    Objects(const Objects&) = delete;
+    ~Objects() {
+        for (PyObject* object : *this) Py_XDECREF(object);
+    }
+};
+
 // Replaces forward's arguments by its result with a node of autograd's, as the short way makes it; false where Python's
-// kernel has to. It also reports an error that comes up here, when it comes up again.
+// kernel has to. That kernel also meets an error that comes up here, and reports it.
 inline bool with_node(Stack& stack) {
     const auto arguments = torch::jit::last(stack, Forward::COUNT);
     const Lock lock;
     CallsObject* calls = calls_for<Forward>(arguments);
     if (!calls) return false;
-    c10::SmallVector<PyObject*, 8> objects;
+    Objects objects;
     each_tensor<Forward>(arguments, [&](const at::Tensor& tensor) {
         objects.push_back(THPVariable_Wrap(at::TensorBase(tensor)));
     });
-    const bool wrapped = !PyErr_Occurred();
-    PyObject* y = wrapped ? replay(calls, FORWARD, objects.data(), Py_ssize_t(objects.size())) : nullptr;
-    for (PyObject* object : objects) Py_XDECREF(object);
+    const bool whole = !PyErr_Occurred();
+    PyObject* y = whole ? replay(calls, FORWARD, objects.data(), static_cast<Py_ssize_t>(objects.size())) : nullptr;
     if (!y) {
         if (PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();
         PyErr_Clear();

@@ -27,16 +27,16 @@ struct PythonTensor {
 
 inline const TensorImpl& tensor_in(PyObject* object) { return *reinterpret_cast<PythonTensor*>(object)->tensor; }
 
-// What `setup` was given.
+// What `setup` was given, the last time. Python's lock guards it.
 struct Python {
     PyObject *tensor_class, *parameter_class;
     PyObject* profiling;       // () -> bool
     PyObject* levels;          // the globals of torch.autograd.forward_ad
     PyObject* level;           // "_current_level", of dual numbers
     PyObject* known;           // the dict of all Calls, by a chain's text and the name of a backend
-    std::vector<uint64_t> plain_keys;  // the key sets of strided tensors in memory
 };
 inline Python python;
+inline std::vector<uint64_t> plain_keys;  // the key sets of strided tensors in memory
 
 // Python's lock, also in a thread that has it already, or that Python has never seen.
 class Lock {
@@ -69,7 +69,7 @@ inline bool watched() {
 // Whether it is a plain strided tensor in memory. A subclass that only Python knows of is one, too.
 inline bool is_plain(const TensorImpl& tensor) {
     const uint64_t keys = tensor.key_set().raw_repr();
-    for (uint64_t plain : python.plain_keys) {
+    for (uint64_t plain : plain_keys) {
         if (keys == plain) return true;
     }
     return false;
@@ -108,7 +108,8 @@ using Key = c10::SmallVector<int64_t, 64>;
 inline void describe(const TensorImpl& tensor, Key& key) {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     const int64_t type = static_cast<int64_t>(c10::typeMetaToScalarType(tensor.dtype()));
-    key.push_back(type | static_cast<int64_t>(is_aligned(tensor.data())) << 8 | static_cast<int64_t>(sizes.size()) << 9);
+    const int64_t aligned = is_aligned(tensor.data());
+    key.push_back(type | aligned << 8 | static_cast<int64_t>(sizes.size()) << 9);
     key.append(sizes.begin(), sizes.end());
     key.append(strides.begin(), strides.end());
 }
