@@ -73,6 +73,35 @@ def python_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     replay.known.clear()
 
 
+@pytest.fixture
+def nothing_known() -> Iterator[None]:
+    """For tests of what C++ replays: it knows nothing before and after."""
+    from dualop import replay
+
+    replay.known.clear()
+    yield
+    replay.known.clear()
+
+
+@pytest.fixture
+def by_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of the kernels' backends that go Python's way."""
+    from dualop.backends.registry import BACKENDS
+
+    seen: list[str] = []
+    for backend in ("cuda", "triton"):
+        for name in ("forward", "backward"):
+            original = getattr(BACKENDS[backend], name)
+            monkeypatch.setattr(BACKENDS[backend], name, lambda *a, n=name, f=original: seen.append(n) or f(*a))
+    return seen
+
+
+@pytest.fixture
+def pair(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """x of shape (4, 5), and an operand of shape (5,)."""
+    return torch.randn(4, 5, device=device), torch.randn(5, device=device)
+
+
 def _seed(node: pytest.Item) -> int:
     """A number of the test's own: the same whatever else runs, in whatever order, in whichever worker."""
     return zlib.crc32(node.nodeid.encode())

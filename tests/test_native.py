@@ -23,7 +23,6 @@ from torch import Tensor
 import dualop
 from dualop import replay
 from dualop.backends import cuda, registry
-from dualop.backends.registry import BACKENDS
 from dualop.build.build import Build
 from dualop.build.sources import folder
 from dualop.errors import DtypeError, LayoutError, ShapeError
@@ -34,25 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OP = dualop.chain("add | tanh")
 if not replay.load():
     pytest.skip(f"no extension: {replay.why_not}", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_known() -> Iterator[None]:
-    replay.known.clear()
-    yield
-    replay.known.clear()
-
-
-@pytest.fixture
-def by_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of the kernels' backends that go Python's way."""
-    seen: list[str] = []
-    for backend in ("cuda", "triton"):
-        for name in ("forward", "backward"):
-            original = getattr(BACKENDS[backend], name)
-            monkeypatch.setattr(BACKENDS[backend], name, lambda *a, n=name, f=original: seen.append(n) or f(*a))
-    return seen
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("nothing_known")]
 
 
 def same(first: Result, second: Result) -> None:
@@ -114,11 +95,6 @@ def known(x: Tensor, a: Tensor) -> Any:
     """The Calls of OP on the CUDA backend, which have seen a call with these tensors."""
     OP(x, a, backend="cuda")
     return replay.known[OP.text, "cuda"]
-
-
-@pytest.fixture
-def pair(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.randn(4, 5, device=device), torch.randn(5, device=device)
 
 
 @pytest.mark.parametrize("name", sorted(WATCHERS.keys() - {"compile"}))  # which is asked for before the extension is

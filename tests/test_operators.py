@@ -1,4 +1,4 @@
-"""The ops by their own names, as a compiled graph calls them: known calls are replayed, watchers still see all of them."""
+"""The ops by their own names, as a compiled graph calls them: known calls are replayed, and watchers see them all."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import pytest
 import torch
 from test_consistency import bits
 from test_direct import Dispatch, Functions
-from test_native import OP, _nothing_known, by_python, pair, python, said, variants  # noqa: F401
+from test_native import OP, python, said, variants
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dualop
 from dualop import replay
 from dualop.build.build import Build
 from dualop.errors import ChainError, OperandError, ShapeError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("nothing_known")]
 TEXT = OP.text
 Pair = tuple[Tensor, Tensor]
 
@@ -202,15 +201,20 @@ def test_gradients_of_gradients(pair: Pair) -> None:
 
 def test_transforms(pair: Pair) -> None:
     x, a = known(*pair)
-    same: Callable[[Any, Any], None] = torch.testing.assert_close
+
+    def tangent(f: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)), a)).tangent
+
     for _ in range(2):
-        for f, g in ((forward, own),):
-            same(torch.func.grad(lambda x: f(x, a).sum())(x), torch.func.grad(lambda x: g(x, a).sum())(x))
-            same(torch.vmap(f, (0, None))(x, a), g(x, a))
-            same(torch.func.jvp(lambda x: f(x, a), (x,), (x,)), torch.func.jvp(lambda x: g(x, a), (x,), (x,)))
-            with forward_ad.dual_level():
-                dual = forward_ad.make_dual(x, torch.ones_like(x))
-                same(forward_ad.unpack_dual(f(dual, a)).tangent, forward_ad.unpack_dual(g(dual, a)).tangent)
+        for of in (
+            lambda f: torch.func.grad(lambda x: f(x, a).sum())(x),
+            lambda f: torch.vmap(f, (0, None))(x, a),
+            lambda f: torch.func.jvp(lambda x: f(x, a), (x,), (x,)),
+            lambda f: torch.func.hessian(lambda x: f(x, a).sum())(x),
+            tangent,
+        ):
+            torch.testing.assert_close(of(forward), of(own))
         forward(x, a)
 
 
@@ -277,9 +281,7 @@ def test_a_compiled_graph_replays(device: torch.device, by_python: list[str]) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_a_compiled_graph_replays_on_a_gpu(
-    mode: str, backend: str, device: torch.device, by_python: list[str]
-) -> None:
+def test_a_compiled_graph_replays_on_a_gpu(mode: str, backend: str, device: torch.device, by_python: list[str]) -> None:
     check_compiled(backend, device, by_python, mode=mode)
 
 
