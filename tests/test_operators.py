@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,7 +262,7 @@ def check_compiled(backend: str, device: torch.device, by_python: list[str], **h
     x, a = (torch.randn(shape, device=device, requires_grad=True) for shape in ((64, 32), (32,)))
     f = torch.compile(lambda x, a: OP(x * 2, a, backend=backend).sin(), fullgraph=True, **how)
     for step in range(5):
-        if how:
+        if "mode" in how:
             torch.compiler.cudagraph_mark_step_begin()
         y = f(x, a)
         found = torch.autograd.grad(y.square().sum(), (x, a))
@@ -274,8 +275,9 @@ def check_compiled(backend: str, device: torch.device, by_python: list[str], **h
 
 
 @pytest.mark.slow
-def test_a_compiled_graph_replays(device: torch.device, by_python: list[str]) -> None:
-    check_compiled("cuda", device, by_python)
+@pytest.mark.parametrize("how", [{}, {"options": {"cpp_wrapper": True}}], ids=["Python's wrapper", "cpp_wrapper"])
+def test_a_compiled_graph_replays(how: dict[str, Any], device: torch.device, by_python: list[str]) -> None:
+    check_compiled("cuda", device, by_python, **how)
 
 
 @pytest.mark.gpu
@@ -359,3 +361,29 @@ for thread in threads:
 assert not wrong, wrong[0]
 """
     said(python(START + code, DUALOP_INTERPRET="1"))
+
+
+@pytest.mark.slow
+def test_threads_that_python_has_never_seen(tmp_path: Path) -> None:
+    """torch's own, in which TorchScript runs forks."""
+    code = """
+from typing import List
+assert replay.load()
+@torch.jit.script
+def call(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return torch.ops.dualop.forward(x, [a], "add | tanh", "cuda")
+@torch.jit.script
+def calls(x: torch.Tensor, a: torch.Tensor) -> List[torch.Tensor]:
+    futures = torch.jit.annotate(List[torch.jit.Future[torch.Tensor]], [])
+    for _ in range(20):
+        futures.append(torch.jit.fork(call, x, a))
+    return [torch.jit.wait(one) for one in futures]
+for _ in range(5):
+    for wanted in (False, True):
+        for y in calls(x.clone().requires_grad_(wanted), a):
+            assert y.requires_grad == wanted and torch.allclose(y, torch.tanh(x + a))
+assert len(replay.known["add | tanh", "cuda"]) == 1
+"""
+    script = tmp_path / "script.py"
+    script.write_text(START + code)
+    said(python(f"import runpy; runpy.run_path({str(script)!r})", DUALOP_INTERPRET="1"))
