@@ -10,8 +10,9 @@ import contextlib
 import os
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,10 +90,17 @@ def by_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from dualop.backends.registry import BACKENDS
 
     seen: list[str] = []
+
+    def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            seen.append(name)
+            return original(*given)
+
+        return call
+
     for backend in ("cuda", "triton"):
         for name in ("forward", "backward"):
-            original = getattr(BACKENDS[backend], name)
-            monkeypatch.setattr(BACKENDS[backend], name, lambda *a, n=name, f=original: seen.append(n) or f(*a))
+            monkeypatch.setattr(BACKENDS[backend], name, noting(name, getattr(BACKENDS[backend], name)))
     return seen
 
 
