@@ -21,7 +21,7 @@ TRITON36 := .venv-triton36
 VERSIONED      := .venv-torch-$(TORCH)
 VERSIONED_KEY  := $(VERSIONED)/.installed-$(KEY)
 ROWS_OF_TORCH  := tests/torch_contract $(addprefix tests/test_,autograd.py calls.py direct.py distributed.py native.py \
-                    nn.py opinfo.py registration.py second.py strides.py torch_private.py wrapped.py)
+                    nn.py operators.py opinfo.py registration.py second.py strides.py torch_private.py wrapped.py)
 
 # `make contract-table TORCH=VERSION` writes this page from a run of every row of the contract on every backend.
 CONTRACT_TABLE := docs/torch_contract/torch-$(basename $(TORCH)).md

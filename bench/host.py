@@ -58,7 +58,7 @@ def run(names: Sequence[str], device: torch.device, compiled: bool) -> list[Row]
     }
     rows: list[Row] = []
     for direction, base in BASES.items():
-        times = {name: _time(call, device) for name, call in calls[direction].items()}
+        times = {name: time_of(call, device) for name, call in calls[direction].items()}
         rows += [Row(name, direction, round(us, 2), round(us / times[base], 3)) for name, us in times.items()]
     return rows
 
@@ -80,7 +80,7 @@ def _step(chain: Function, leaves: Sequence[Tensor], gy: Tensor) -> Sequence[Ten
     return torch.autograd.grad(chain(*leaves), leaves, gy)
 
 
-def _time(call: Callable[[], object], device: torch.device) -> float:
+def time_of(call: Callable[[], object], device: torch.device) -> float:
     """Return the microseconds until a call returns, which on a GPU is before its kernels have ended."""
     _loop(call, 10, device)
     once = min(_loop(call, 10, device) for _ in range(3))

@@ -10,8 +10,9 @@ import contextlib
 import os
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,42 @@ def python_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     replay.known.clear()
     yield
     replay.known.clear()
+
+
+@pytest.fixture
+def nothing_known() -> Iterator[None]:
+    """For tests of what C++ replays: it knows nothing before and after."""
+    from dualop import replay
+
+    replay.known.clear()
+    yield
+    replay.known.clear()
+
+
+@pytest.fixture
+def by_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of the kernels' backends that go Python's way."""
+    from dualop.backends.registry import BACKENDS
+
+    seen: list[str] = []
+
+    def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            seen.append(name)
+            return original(*given)
+
+        return call
+
+    for backend in ("cuda", "triton"):
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(BACKENDS[backend], name, noting(name, getattr(BACKENDS[backend], name)))
+    return seen
+
+
+@pytest.fixture
+def pair(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """x of shape (4, 5), and an operand of shape (5,)."""
+    return torch.randn(4, 5, device=device), torch.randn(5, device=device)
 
 
 def _seed(node: pytest.Item) -> int:

@@ -1,4 +1,4 @@
-"""The host's cost of a call: every contestant and direction has a row, and a call that sleeps shows."""
+"""The host's cost of a call, alone and in compiled graphs: every contestant has its rows, and a sleep shows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dualop.bench import host
+import dualop
+from dualop.bench import compiled, host
 from dualop.cli.app import app
 
 
@@ -31,7 +32,7 @@ def test_rows_and_ratios() -> None:
 
 
 def test_time_of_a_call() -> None:
-    found = host._time(lambda: time.sleep(2e-3), torch.device("cpu"))
+    found = host.time_of(lambda: time.sleep(2e-3), torch.device("cpu"))
     assert 2e3 <= found < 2e4
 
 
@@ -42,3 +43,27 @@ def test_the_command(tmp_path) -> None:
     assert "torch.sigmoid" in result.output and "of eager" in result.output
     rows = json.loads(path.read_text())["rows"]
     assert [row["direction"] for row in rows if row["name"] == "reference"] == [host.FORWARD, host.TRAINING]
+
+
+def test_what_enters_python_is_noted() -> None:
+    x, op = torch.ones(3), dualop.chain("tanh")
+    with compiled.entered() as seen:
+        op(x, backend="reference")
+        op(x.requires_grad_(), backend="reference").sum().backward()
+    op(x, backend="reference")
+    assert seen == ["reference"] * 3
+
+
+@pytest.mark.slow
+def test_blocks_in_compiled_graphs(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(compiled, "STEPS", 1)
+    monkeypatch.setattr(compiled, "ROUNDS", 1)
+    compiled.main(["--backend", "reference", "--json", str(tmp_path / "compiled.json")])
+    assert "two channels_last convolutions" in capsys.readouterr().out
+    found = json.loads((tmp_path / "compiled.json").read_text())
+    assert [row["name"] for row in found["steps"]] == [
+        *("torch.compile", "reference", "reference, LinearChain"),
+        *("torch.compile", "reference"),
+    ]
+    assert [row["python"] for row in found["steps"]] == [0, 2, 2, 0, 4], "the reference backend is not replayed"
+    assert all(row["step_us"] > 0 for row in found["steps"]) and len(found["calls"]["reference"]) == 7

@@ -23,7 +23,6 @@ from torch import Tensor
 import dualop
 from dualop import replay
 from dualop.backends import cuda, registry
-from dualop.backends.registry import BACKENDS
 from dualop.build.build import Build
 from dualop.build.sources import folder
 from dualop.errors import DtypeError, LayoutError, ShapeError
@@ -34,25 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OP = dualop.chain("add | tanh")
 if not replay.load():
     pytest.skip(f"no extension: {replay.why_not}", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_known() -> Iterator[None]:
-    replay.known.clear()
-    yield
-    replay.known.clear()
-
-
-@pytest.fixture
-def by_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of the kernels' backends that go Python's way."""
-    seen: list[str] = []
-    for backend in ("cuda", "triton"):
-        for name in ("forward", "backward"):
-            original = getattr(BACKENDS[backend], name)
-            monkeypatch.setattr(BACKENDS[backend], name, lambda *a, n=name, f=original: seen.append(n) or f(*a))
-    return seen
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("nothing_known")]
 
 
 def same(first: Result, second: Result) -> None:
@@ -116,11 +97,6 @@ def known(x: Tensor, a: Tensor) -> Any:
     return replay.known[OP.text, "cuda"]
 
 
-@pytest.fixture
-def pair(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.randn(4, 5, device=device), torch.randn(5, device=device)
-
-
 @pytest.mark.parametrize("name", sorted(WATCHERS.keys() - {"compile"}))  # which is asked for before the extension is
 def test_transforms_and_tracers_are_seen(name: str, pair: tuple[Tensor, Tensor]) -> None:
     calls, found = known(*pair), []
@@ -143,8 +119,8 @@ def test_modes_are_seen(mode: Any, pair: tuple[Tensor, Tensor]) -> None:
     calls = known(*pair)
     with mode():
         assert calls(pair[0], (pair[1],)) is None and not calls.unknown(None, pair)
-        needs = (False, True, True)
-        assert calls.backward(needs, pair[0], *pair) is None and not calls.unknown(needs, (pair[0], *pair))
+        assert calls.backward((False, True, True), pair[0], *pair) is None
+        assert not calls.unknown((1, True, True), (pair[0], *pair))
     assert isinstance(calls(pair[0], (pair[1],)), Tensor)
 
 
@@ -164,6 +140,8 @@ def test_what_is_no_call_is_refused(pair: tuple[Tensor, Tensor]) -> None:
         assert calls.backward((False, True, True), pair[0], *pair) is None
     with pytest.raises(TypeError):
         calls.backward(pair[0])
+    with pytest.raises(TypeError, match="order"):
+        calls.unknown([1, True, True], (pair[0], *pair))
 
 
 def test_errors_are_as_before(pair: tuple[Tensor, Tensor], by_python: list[str]) -> None:
@@ -279,10 +257,10 @@ def said(process: subprocess.Popen) -> str:
 
 def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
     script = (
-        "import time; from dualop import replay; now = time.perf_counter\n"
-        "start = now(); first = replay.calls('relu', 'cuda', 'cuda', None, None); took = now() - start\n"
-        "while replay.calls('relu', 'cuda', 'cuda', None, None) is None and now() < start + 100: time.sleep(0.05)\n"
-        "print(first, took < 1, len(replay.calls('relu', 'auto', 'cuda', None, None)))\n"
+        "import time; from dualop import replay; now, CUDA = time.perf_counter, ('relu', 'cuda')\n"
+        "start = now(); first = replay.calls(CUDA, CUDA, None, None); took = now() - start\n"
+        "while replay.calls(CUDA, CUDA, None, None) is None and now() < start + 100: time.sleep(0.05)\n"
+        "print(first, took < 1, len(replay.calls(('relu', 'auto'), CUDA, None, None)))\n"
     )
     processes = [python(script, DUALOP_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [said(process) for process in processes] == ["None True 0"] * 2
@@ -301,8 +279,8 @@ def test_two_processes_build_once_and_none_waits(tmp_path: Path) -> None:
 )
 def test_without_the_extension_python_serves(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
     script = (
-        "import torch, dualop; from dualop import replay\n"
-        "assert not replay.load() and replay.calls('relu', 'cuda', 'cuda', None, None) is None\n"
+        "import torch, dualop; from dualop import replay; CUDA = ('relu', 'cuda')\n"
+        "assert not replay.load() and replay.calls(CUDA, CUDA, None, None) is None\n"
         "x = torch.ones(3); assert dualop.chain('relu')(x, backend='reference').equal(x) and not replay.known\n"
         "print(replay.why_not)\n"
     )

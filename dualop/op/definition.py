@@ -7,6 +7,9 @@ A module may run again: by importlib.reload, a notebook's autoreload, or a test 
 allow a second definition of an op, and removing a definition crashes every holder of the op: an older chain, a compiled
 graph. So the definition stays, and what torch calls looks up the newest implementation in a table. Library and table
 are kept beside the ops, where no purge of this package reaches them.
+
+The kernels in C++ that replay known calls (dualop/replay/operators.h) stand before these once the extension is loaded.
+They stay registered, too, and look up the records of the newest import.
 """
 
 from __future__ import annotations

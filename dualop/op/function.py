@@ -207,7 +207,7 @@ class ShortCall(Call):
         if torch.is_grad_enabled() or not eager.unwatched((gy, *tensors)):
             return Forward(self.chain.text, self.backend.name).gradients(needs, cotangents, tensors)
         run = lambda: self.backend.backward(self.chain, gy, tensors[0], tensors[1:], needs[1:])
-        return _spread(recorded(calls, (gy, *tensors), needs, run), needs)
+        return _spread(recorded(calls, (gy, *tensors), (1, *needs[1:]), run), needs)
 
 
 def _spread(found: Iterable[Tensor], needs: Sequence[bool]) -> Gradients:

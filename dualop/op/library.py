@@ -12,12 +12,14 @@ from torch.overrides import is_tensor_like
 
 from dualop import replay, torch_private, versions
 from dualop.backends import registry
+from dualop.language import syntax
 from dualop.language.syntax import Chain
 from dualop.launch.checks import check_shapes, checked, validate
 from dualop.op import autograd_kernel, definition, dtensor, eager, function
 from dualop.op.autograd_kernel import differentiably, forward_mode
 from dualop.op.calls import backward_chain, check_gradient, check_shape, forward_chain
 from dualop.op.function import Backward, ChainFunction, Forward, ShortCall, batch_first, empty_result, sample_shape
+from dualop.replay.record import recorded
 
 if versions.of(torch.__version__) not in versions.TORCH:
     autograd_kernel.try_out()
@@ -34,7 +36,7 @@ def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -
     if eager.unwatched(tensors):
         chosen = registry.resolve(name, chain, checked(tensors, chain.operands))
         call = ShortCall(chain, chosen)
-        calls = replay.calls(chain.text, name, chosen.name, function.apply, call) if chosen.replays else None
+        calls = _calls((chain.text, name), call)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return function.apply(call, *tensors)
         return call.first(calls, tensors)
@@ -45,24 +47,35 @@ def run(chain: Chain, x: Any, operands: Sequence[Tensor], backend: str | None) -
     return Forward(chain.text, name)(tensors)
 
 
+def _calls(asked: replay.Names, call: ShortCall) -> Any:
+    """Return the Calls that replay such a call, or None where Python makes all of them."""
+    chosen = (call.chain.text, call.backend.name)
+    return replay.calls(asked, chosen, function.apply, call) if call.backend.replays else None
+
+
 # ---- the kernels of the devices --------------------------------------------------------------------------------------
 
 
 # `arguments` are those of the op behind its tensors: the chain's text and the backend, and of the backward op the
-# wanted gradients and the order. torch leaves out an order of 1, which is the default.
+# wanted gradients and the order. torch leaves out an order of 1, which is the default. A known call does not come here:
+# the kernels of dualop/replay/operators.h replay it.
 
 
 def _forward(x: Tensor, operands: Sequence[Tensor], text: str, backend: str) -> Tensor:
     chain = forward_chain(operands, text, backend)
-    device = checked((x, *operands), chain.operands)
-    return registry.resolve(backend, chain, device).forward(chain, x, operands)
+    tensors = (x, *operands)
+    call = ShortCall(chain, registry.resolve(backend, chain, checked(tensors, chain.operands)))
+    return call.first(_calls((text, backend), call), tensors)
 
 
 def _backward(gy: Tensor, x: Tensor, operands: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
     chain, call = backward_chain(operands, *arguments), Backward(*arguments)
     device = checked((x, *operands), chain.operands)
     check_gradient(gy, x, operands, device)
-    return registry.resolve(call.backend, chain, device).backward(chain, gy, x, operands, call.needs)
+    backend = registry.resolve(call.backend, chain, device)
+    calls = _calls((call.chain, call.backend), ShortCall(syntax.parse(call.chain), backend))
+    wanted, run = (call.order, *call.needs), lambda: backend.backward(chain, gy, x, operands, call.needs)
+    return list(recorded(calls, (gy, x, *operands), wanted, run))
 
 
 def _forward_fake(x: Tensor, operands: Sequence[Tensor], text: str, backend: str) -> Tensor:

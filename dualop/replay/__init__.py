@@ -1,12 +1,14 @@
-"""Replay known calls in C++, the short way without Python except for one function.
+"""Replay known calls in C++, without Python except for one function.
 
     calls = replay.known.get((chain.text, "cuda"))      # None: use Python
     y = calls(x, (bias,))                               # None: use Python
+    y = torch.ops.dualop.forward(x, [bias], chain.text, "cuda")     # replays too, as a compiled graph calls it
 
 The first call of its kind runs in Python and is recorded (dualop/replay/record.py): which memory it allocates, and what
 its launchers receive. Each later call with tensors of the same layouts, dtypes, device and alignment is replayed from
-the record: `replay` in module.cpp checks that nothing observes the call, allocates, fills in addresses and calls the
-launchers.
+the record: allocate, fill in addresses, call the launchers. There are two ways to the records. `replay` in calls.h
+serves the short way of a chain that is called in Python, and checks that nothing observes the call. The kernels in
+operators.h serve the ops by their own names; torch's dispatcher calls them where nothing observes the call any more.
 
 The extension is compiled once for a Python and a torch, in the background of a process's first call. Until it is ready,
 and wherever it cannot be built, calls run in Python. DUALOP_NATIVE=0 switches it off.
@@ -34,13 +36,14 @@ from torch.autograd import forward_ad
 from dualop import torch_private
 from dualop.build import build, locks, toolchain
 
-SOURCES = ("tensors.h", "triton.h", "call.h", "module.cpp")
+SOURCES = ("tensors.h", "triton.h", "call.h", "calls.h", "operators.h", "module.cpp")
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden")
 LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10")
 SECONDS = 120  # longer than any compiler needs, so that a hanging one is abandoned
 
-# The Calls by a chain's text and the name of a backend, "auto" included.
-known: dict[tuple[str, str], Any] = {}
+Names = tuple[str, str]  # of a call: a chain's text, and a backend's name or "auto"
+
+known: dict[Names, Any] = {}  # the Calls of each, which the ops' kernels in C++ look up, too
 # Python's global lock prevents changes of the records while they are read.
 on = os.environ.get("DUALOP_NATIVE", "1") not in ("", "0") and not sysconfig.get_config_var("Py_GIL_DISABLED")
 why_not = "" if on else "DUALOP_NATIVE=0"  # the extension is not there
@@ -99,10 +102,11 @@ def missing() -> list[str]:
     return [*toolchain.missing_tools(True), *([] if header.is_file() else [f"no {header}: install Python's headers"])]
 
 
-def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any], first: Any) -> Any:
-    """Return the Calls of a chain on the `backend` that `requested` chose, or None without the extension.
+def calls(asked: Names, chosen: Names, apply: Callable[..., Any], first: Any) -> Any:
+    """Return the Calls of a chain on the backend that was `chosen`, or None without the extension.
 
-    They are created if needed. `apply(first, *tensors)` makes a node of the autograd.Function where a call needs one.
+    They are created if needed, and known as `asked` from now on, too. `apply(first, *tensors)` makes a node of the
+    autograd.Function where a call needs one.
     """
     if not on or not torch_private.SHORT_WAY.works:
         return None
@@ -110,10 +114,11 @@ def calls(chain: str, requested: str, backend: str, apply: Callable[..., Any], f
         _begin()
     if _module is None:
         return None
-    found = known.get((chain, backend))
+    found = known.get(chosen)
     if found is None:
-        found = known[chain, backend] = _module.Calls(first, apply)
-    return known.setdefault((chain, requested), found)
+        found = known[chosen] = _module.Calls(first, apply)
+    known.setdefault(asked, found)
+    return found
 
 
 def triton_launcher() -> int:
@@ -181,5 +186,6 @@ def _imported(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     plain, watchers = sorted(torch_private.PLAIN_KEYS), (torch_private.profiling, vars(forward_ad))
-    module.setup(torch.empty(0), torch.Tensor, torch.nn.Parameter, plain, *watchers)  # type: ignore[attr-defined]
+    setup: Any = module.setup  # type: ignore[attr-defined]
+    setup(torch.empty(0), torch.Tensor, torch.nn.Parameter, plain, *watchers, known)
     return module

@@ -36,7 +36,19 @@ struct Launch {
 
 using Tensors = c10::SmallVector<at::Tensor, 8>;
 
-// Nothing to launch: a call that is known to go another way. `results` are places among the buffers, -1: None.
+// The current stream's handle as a number; 0 on the CPU.
+inline int64_t stream_of(c10::Device device) {
+    if (device.is_cpu()) return 0;
+    const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+    return reinterpret_cast<int64_t>(stream.native_handle());
+}
+
+inline bool is_current(c10::Device device) {
+    return device.is_cpu() || c10::impl::VirtualGuardImpl(device.type()).getDevice() == device;
+}
+
+// Nothing to launch: a call that is known to go another way. `results` are places among the buffers: of the result, or of
+// the gradients of x and the operands, -1 for one that nobody wants.
 struct Call {
     std::vector<Buffer> buffers;
     std::vector<Launch> launches;
@@ -45,47 +57,53 @@ struct Call {
     Call() = default;
     Call(const Call&) = delete;
     ~Call() {
+        const Lock lock;
         for (const Launch& launch : launches) Py_DECREF(launch.allowed);
     }
 
-    bool allowed() const {
+    // Whether it may be made now: on its device, and with everybody's leave.
+    bool allowed(c10::Device device) const {
+        if (!is_current(device)) return false;
         for (const Launch& launch : launches) {
             if (launch.allowed != Py_None && !is(Py_True, PyObject_CallNoArgs(launch.allowed))) return false;
         }
         return true;
     }
 
-    // Allocates and launches, without Python's lock; false, with nothing to show, where anything failed.
-    bool run(PyObject* const* objects, Py_ssize_t count, int64_t stream, Tensors& made) const noexcept {
-        const c10::Device device = tensor_in(objects[0]).device();
-        c10::SmallVector<int64_t, 32> addresses;
-        for (Py_ssize_t i = 0; i < count; i++) {
-            addresses.push_back(reinterpret_cast<int64_t>(tensor_in(objects[i]).data()));
-        }
-        bool well = true;
-        PyThreadState* thread = PyEval_SaveThread();
+    // Allocates and launches; false, with nothing to show, where anything failed. It needs no lock of Python's.
+    bool run(const Inputs& inputs, Tensors& made) const noexcept {
         try {
+            const c10::Device device = inputs[0]->device();
+            c10::SmallVector<int64_t, 32> addresses;
+            for (const TensorImpl* input : inputs) addresses.push_back(reinterpret_cast<int64_t>(input->data()));
             for (const Buffer& buffer : buffers) {
                 made.push_back(buffer.allocate(device));
                 void* address = made.back().unsafeGetTensorImpl()->mutable_data();
-                well = well && is_aligned(address);
+                if (!is_aligned(address)) return false;
                 addresses.push_back(reinterpret_cast<int64_t>(address));
             }
+            const int64_t stream = stream_of(device);
             c10::SmallVector<int64_t, 192> words;
             for (const Launch& launch : launches) {
                 words.assign(launch.words.begin(), launch.words.end());
                 for (size_t i = 0; i < launch.slots.size(); i++) words[launch.slots[i]] = addresses[launch.sources[i]];
                 words[launch.stream] = stream;
-                well = well && launch.function(words.data()) == 0;
+                if (launch.function(words.data()) != 0) return false;
             }
+            return true;
         } catch (...) {
-            well = false;
+            return false;
         }
-        PyEval_RestoreThread(thread);
-        return well;
     }
 };
 
-using Calls = std::unordered_map<Key, std::shared_ptr<const Call>, Hash>;
+// The calls of one chain on one backend that are known. Python's lock guards them.
+struct Calls : std::unordered_map<Key, std::shared_ptr<const Call>, Hash> {
+    // The call, unless it has to go another way. Others may forget it while the caller runs it.
+    std::shared_ptr<const Call> replayable(const Key& key) const {
+        const auto found = find(key);
+        return found == end() || found->second->launches.empty() ? nullptr : found->second;
+    }
+};
 
 }  // namespace dualop

@@ -1,82 +1,30 @@
 // The Python module: `setup`, and the type Calls, the calls of one chain on one backend that are known.
 //
-//     calls(x, operands)                    the result, with a node of the autograd.Function if anything requires a gradient
+//     calls(x, operands)                    the result, with a node of the autograd.Function if one requires a gradient
 //     calls.backward(needs, gy, *tensors)   what the Function's backward returns
 //
 // Both return None for a call that has to run in Python: it is not known, or something watches it, its tensors are not
-// plain, or it was learned that it cannot be replayed. `calls.unknown(needs, tensors)` says that it can be learned.
-#include "call.h"
+// plain, or it was learned that it cannot be replayed. `calls.unknown(wanted, tensors)` says that it can be learned.
+#include "operators.h"
 
 namespace dualop {
 
-struct CallsObject {
-    PyObject_HEAD
-    vectorcallfunc call;
-    PyObject* first;  // the autograd.Function's first argument
-    PyObject* apply;  // that Function's
-    Calls* calls;
-};
-
-constexpr int64_t FORWARD = 0;
-
-// FORWARD for None, or the bits of a tuple of bools behind a 1.
-int64_t lead_of(PyObject* needs) {
-    if (!PyTuple_Check(needs)) return FORWARD;
-    int64_t lead = 1;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(needs); i++) lead = lead << 1 | (PyTuple_GET_ITEM(needs, i) == Py_True);
-    return lead;
+// Reads (order, *whether each gradient is wanted), or None for FORWARD; false with Python's error.
+bool read_wanted(PyObject* tuple, Wanted& wanted) {
+    wanted = FORWARD;
+    if (tuple == Py_None) return true;
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) < 1) {
+        PyErr_SetString(PyExc_TypeError, "wanted is None or (order, *needs)");
+        return false;
+    }
+    wanted = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 0));
+    for (Py_ssize_t i = 1; i < PyTuple_GET_SIZE(tuple); i++) {
+        wanted = and_whether(wanted, PyTuple_GET_ITEM(tuple, i) == Py_True);
+    }
+    return !PyErr_Occurred();
 }
 
 constexpr size_t MOST = 4096;  // calls of a chain; sizes may vary without end
-
-// The current stream's handle as a number; 0 on the CPU.
-int64_t stream_of(c10::Device device) {
-    if (device.is_cpu()) return 0;
-    const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-    return reinterpret_cast<int64_t>(stream.native_handle());
-}
-
-bool is_current(c10::Device device) {
-    return device.is_cpu() || c10::impl::VirtualGuardImpl(device.type()).getDevice() == device;
-}
-
-// The only result of forward, or the tuple that the Function's backward returns.
-PyObject* wrapped(const std::vector<int>& results, bool forward, Tensors& made) {
-    if (forward) return THPVariable_Wrap(std::move(made[results[0]]));
-    PyObject* tuple = PyTuple_New(static_cast<Py_ssize_t>(results.size()));
-    for (size_t i = 0; tuple && i < results.size(); i++) {
-        PyObject* one = results[i] < 0 ? Py_NewRef(Py_None) : THPVariable_Wrap(std::move(made[results[i]]));
-        if (!one) Py_CLEAR(tuple);
-        else PyTuple_SET_ITEM(tuple, static_cast<Py_ssize_t>(i), one);
-    }
-    return tuple;
-}
-
-// What the call gives, or None; nullptr with Python's error. `lead` is FORWARD or says which gradients.
-PyObject* replay(CallsObject* self, int64_t lead, PyObject* const* objects, Py_ssize_t count) {
-    const bool forward = lead == FORWARD;
-    if (count < 1 || watched()) Py_RETURN_NONE;
-    Key key;
-    if (!describe(lead, objects, count, key)) Py_RETURN_NONE;
-    const auto known = self->calls->find(key);
-    if (known == self->calls->end()) Py_RETURN_NONE;
-    const std::shared_ptr<const Call> call = known->second;  // others may forget it while this one runs
-    if (call->launches.empty()) Py_RETURN_NONE;
-    if (forward && c10::GradMode::is_enabled()) {
-        for (Py_ssize_t i = 0; i < count; i++) {
-            if (!tensor_in(objects[i]).requires_grad()) continue;
-            c10::SmallVector<PyObject*, 16> arguments = {self->first};
-            arguments.append(objects, objects + count);
-            return PyObject_Vectorcall(self->apply, arguments.data(), arguments.size(), nullptr);
-        }
-    }
-    const c10::Device device = tensor_in(objects[0]).device();
-    if (!is_current(device) || !call->allowed()) Py_RETURN_NONE;
-    const int64_t stream = stream_of(device);
-    Tensors made;
-    if (!call->run(objects, count, stream, made)) Py_RETURN_NONE;
-    return wrapped(call->results, forward, made);
-}
 
 // A C++ exception must not pass through Python.
 template <class F> PyObject* guarded(F body) {
@@ -103,7 +51,11 @@ PyObject* backward(PyObject* object, PyObject* const* arguments, Py_ssize_t coun
     return guarded([&]() -> PyObject* {
         if (count < 2 || !PyTuple_Check(arguments[0])) return PyErr_Format(PyExc_TypeError, "needs, gy, *tensors");
         if (c10::GradMode::is_enabled()) Py_RETURN_NONE;
-        return replay(reinterpret_cast<CallsObject*>(object), lead_of(arguments[0]), arguments + 1, count - 1);
+        Wanted wanted = 1;
+        for (Py_ssize_t i = 1; i < PyTuple_GET_SIZE(arguments[0]); i++) {  // behind the call, which needs no gradient
+            wanted = and_whether(wanted, PyTuple_GET_ITEM(arguments[0], i) == Py_True);
+        }
+        return replay(reinterpret_cast<CallsObject*>(object), wanted, arguments + 1, count - 1);
     });
 }
 
@@ -137,16 +89,22 @@ bool append_launches(PyObject* list, std::vector<Launch>& launches) {
     return true;
 }
 
-// learn(needs, tensors, buffers, launches, results): a call with these tensors and needs (None: forward) is made so.
+// learn(wanted, tensors, buffers, launches, results): a call with these tensors that wants this is made so.
 PyObject* learn(PyObject* object, PyObject* arguments) {
     return guarded([&]() -> PyObject* {
-        PyObject *needs, *tensors, *buffers, *launches, *results;
-        if (!PyArg_ParseTuple(arguments, "OO!O!O!O!", &needs, &PyTuple_Type, &tensors, &PyTuple_Type, &buffers,
+        PyObject *tuple, *tensors, *buffers, *launches, *results;
+        if (!PyArg_ParseTuple(arguments, "OO!O!O!O!", &tuple, &PyTuple_Type, &tensors, &PyTuple_Type, &buffers,
                               &PyTuple_Type, &launches, &PyTuple_Type, &results)) {
             return nullptr;
         }
+        Wanted wanted;
+        Inputs inputs;
         Key key;
-        if (!describe(lead_of(needs), &PyTuple_GET_ITEM(tensors, 0), PyTuple_GET_SIZE(tensors), key)) Py_RETURN_NONE;
+        if (!read_wanted(tuple, wanted)) return nullptr;
+        if (!append_plain(&PyTuple_GET_ITEM(tensors, 0), PyTuple_GET_SIZE(tensors), inputs) ||
+            !describe(wanted, inputs, key)) {
+            Py_RETURN_NONE;
+        }
         auto call = std::make_shared<Call>();
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(buffers); i++) {
             if (!is_plain(PyTuple_GET_ITEM(buffers, i))) return PyErr_Format(PyExc_TypeError, "a buffer is no tensor");
@@ -154,7 +112,8 @@ PyObject* learn(PyObject* object, PyObject* arguments) {
         }
         if (!append_launches(launches, call->launches) || !append_numbers(results, call->results)) return nullptr;
         for (int result : call->results) {
-            if (result >= static_cast<int>(call->buffers.size())) return PyErr_Format(PyExc_IndexError, "no such buffer");
+            const bool there = result < static_cast<int>(call->buffers.size());
+            if (!there) return PyErr_Format(PyExc_IndexError, "no such buffer");
         }
         auto* self = reinterpret_cast<CallsObject*>(object);
         if (self->calls->size() >= MOST) self->calls->clear();
@@ -163,16 +122,19 @@ PyObject* learn(PyObject* object, PyObject* arguments) {
     });
 }
 
-// unknown(needs, tensors): whether such a call may be replayed once it was learned, and has not been yet.
+// unknown(wanted, tensors): whether such a call may be replayed once it was learned, and has not been yet.
 PyObject* unknown(PyObject* object, PyObject* arguments) {
     return guarded([&]() -> PyObject* {
-        PyObject *needs, *tensors;
-        if (!PyArg_ParseTuple(arguments, "OO!", &needs, &PyTuple_Type, &tensors)) return nullptr;
+        PyObject *tuple, *tensors;
+        if (!PyArg_ParseTuple(arguments, "OO!", &tuple, &PyTuple_Type, &tensors)) return nullptr;
+        Wanted wanted;
+        Inputs inputs;
         Key key;
-        if (watched() || !describe(lead_of(needs), &PyTuple_GET_ITEM(tensors, 0), PyTuple_GET_SIZE(tensors), key)) {
-            Py_RETURN_FALSE;
-        }
-        return PyBool_FromLong(!reinterpret_cast<CallsObject*>(object)->calls->count(key));
+        if (!read_wanted(tuple, wanted)) return nullptr;
+        const bool may = !watched() &&
+                         append_plain(&PyTuple_GET_ITEM(tensors, 0), PyTuple_GET_SIZE(tensors), inputs) &&
+                         describe(wanted, inputs, key);
+        return PyBool_FromLong(may && !reinterpret_cast<CallsObject*>(object)->calls->count(key));
     });
 }
 
@@ -201,7 +163,9 @@ void destroy(PyObject* object) {
     Py_TYPE(object)->tp_free(object);
 }
 
-Py_ssize_t size(PyObject* object) { return static_cast<Py_ssize_t>(reinterpret_cast<CallsObject*>(object)->calls->size()); }
+Py_ssize_t size(PyObject* object) {
+    return static_cast<Py_ssize_t>(reinterpret_cast<CallsObject*>(object)->calls->size());
+}
 
 PyMethodDef methods[] = {
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(backward)), METH_FASTCALL, nullptr},
@@ -211,7 +175,7 @@ PyMethodDef methods[] = {
     {},
 };
 
-PyTypeObject calls_type() {
+PyTypeObject make_type() {
     static PySequenceMethods sequence = {};
     sequence.sq_length = size;
     PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
@@ -226,15 +190,15 @@ PyTypeObject calls_type() {
     type.tp_dealloc = destroy;
     return type;
 }
-PyTypeObject type = calls_type();
+PyTypeObject calls_type = make_type();
 
-// setup(tensor, tensor_class, parameter_class, plain_keys, profiling, levels); ImportError where
-// torch keeps its tensors otherwise than PythonTensor says.
+// setup(tensor, tensor_class, parameter_class, plain_keys, profiling, levels, known): the ops replay what is in `known`
+// from now on. ImportError where torch keeps its tensors otherwise than PythonTensor says.
 PyObject* setup(PyObject*, PyObject* arguments) {
     PyObject *tensor, *keys;
     Python p = {};
-    if (!PyArg_ParseTuple(arguments, "OOOOOO!", &tensor, &p.tensor_class, &p.parameter_class, &keys, &p.profiling,
-                          &PyDict_Type, &p.levels)) {
+    if (!PyArg_ParseTuple(arguments, "OOOOOO!O!", &tensor, &p.tensor_class, &p.parameter_class, &keys, &p.profiling,
+                          &PyDict_Type, &p.levels, &PyDict_Type, &p.known)) {
         return nullptr;
     }
     PyObject* address = PyObject_GetAttrString(tensor, "_cdata");
@@ -243,12 +207,16 @@ PyObject* setup(PyObject*, PyObject* arguments) {
     Py_DECREF(address);
     if (!as_expected) return PyErr_Format(PyExc_ImportError, "this torch keeps a tensor at another place");
     p.level = PyUnicode_InternFromString("_current_level");
-    if (!append_numbers(keys, p.plain_keys)) return nullptr;
-    for (PyObject* kept : {p.tensor_class, p.parameter_class, p.profiling, p.levels}) {
+    // Threads without Python's lock read them, so they stay what they are: facts about this torch.
+    if (plain_keys.empty() && !append_numbers(keys, plain_keys)) return nullptr;
+    for (PyObject* kept : {p.tensor_class, p.parameter_class, p.profiling, p.levels, p.known}) {
         Py_INCREF(kept);
     }
     python = std::move(p);
-    Py_RETURN_NONE;
+    return guarded([]() -> PyObject* {
+        register_kernels();
+        Py_RETURN_NONE;
+    });
 }
 
 PyMethodDef functions[] = {{"setup", setup, METH_VARARGS, nullptr}, {}};
@@ -257,9 +225,9 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "dualop_native", nullptr, -1, f
 }  // namespace dualop
 
 PyMODINIT_FUNC PyInit_dualop_native() {
-    if (PyType_Ready(&dualop::type) < 0) return nullptr;
+    if (PyType_Ready(&dualop::calls_type) < 0) return nullptr;
     PyObject* module = PyModule_Create(&dualop::definition);
-    if (module && PyModule_AddObjectRef(module, "Calls", reinterpret_cast<PyObject*>(&dualop::type)) < 0) {
+    if (module && PyModule_AddObjectRef(module, "Calls", reinterpret_cast<PyObject*>(&dualop::calls_type)) < 0) {
         Py_CLEAR(module);
     }
     PyObject* launcher = PyLong_FromVoidPtr(reinterpret_cast<void*>(dualop::launch_triton));

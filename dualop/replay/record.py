@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 Word = int | Tensor | None
+Wanted = tuple[int | bool, ...] | None  # None: forward; (order of the derivative, *which gradients of x and operands)
 # The launcher's address, its words, the stream's place among them, and whether it may be called, or None if always.
 Launched = tuple[int, Sequence[Word], int, Callable[[], bool] | None]
 
@@ -45,14 +46,14 @@ def launched(launcher: Any, words: Sequence[Word], stream: int, allowed: Callabl
 
 
 def recorded(
-    calls: Any, tensors: Sequence[Tensor], needs: Sequence[bool] | None, call: Callable[[], Sequence[Tensor]]
+    calls: Any, tensors: Sequence[Tensor], wanted: Wanted, call: Callable[[], Sequence[Tensor]]
 ) -> Sequence[Tensor]:
     """Return the results of `call`; afterwards `calls` (dualop/replay/module.cpp) knows how they are made.
 
-    `needs` is None forward; backward it is the Function's needs_input_grad, which says which gradients are the results.
+    `tensors` are x and the operands, behind gy if the results are the gradients that `wanted` asks for.
     """
     tensors = tuple(tensors)
-    known = calls is None or not calls.unknown(needs, tensors)
+    known = calls is None or not calls.unknown(wanted, tensors)
     if known or len({id(t) for t in tensors}) < len(tensors):  # the record could not tell equal ones apart
         return call()
     launches: list[Launched] = []
@@ -61,13 +62,13 @@ def recorded(
         results = call()
     finally:
         _here.launches = None
-    calls.learn(*_record(tensors, needs, launches, results))
+    calls.learn(*_record(tensors, wanted, launches, results))
     return results
 
 
 def _record(
     tensors: tuple[Tensor, ...],
-    needs: Sequence[bool] | None,
+    wanted: Wanted,
     launches: Sequence[Launched],
     results: Sequence[Tensor],
 ) -> tuple[Any, ...]:
@@ -78,12 +79,12 @@ def _record(
     read = {id(t) for pairs in used for _, t in pairs}
     whole = all(id(t) in read for t in tensors) and all(id(t) in buffers for t in results)
     if not whole:
-        return needs, tensors, (), (), ()
+        return wanted, tensors, (), (), ()
     made = {key: place for place, key in enumerate(buffers)}
     places |= {key: len(tensors) + place for key, place in made.items()}
     given = iter(results)
     return (
-        needs,
+        wanted,
         tensors,
         tuple(buffers.values()),
         tuple(
@@ -97,5 +98,5 @@ def _record(
             )
             for (function, words, stream, allowed), pairs in zip(launches, used, strict=True)
         ),
-        tuple(made[id(next(given))] if wanted else -1 for wanted in (needs or (True,))),
+        tuple(made[id(next(given))] if need else -1 for need in (wanted[1:] if wanted else (True,))),
     )

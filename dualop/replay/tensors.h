@@ -1,5 +1,6 @@
-// Python's tensors seen from C++, without torch's own header for that, which takes 16 s to compile.
+// A call's tensors, and Python's, without torch's own header for these, which takes 16 s to compile.
 #pragma once
+#define PY_SSIZE_T_CLEAN  // lengths of text are Py_ssize_t
 #include <Python.h>
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -26,15 +27,26 @@ struct PythonTensor {
 
 inline const TensorImpl& tensor_in(PyObject* object) { return *reinterpret_cast<PythonTensor*>(object)->tensor; }
 
-// What `setup` was given.
+// What `setup` was given, the last time. Python's lock guards it.
 struct Python {
     PyObject *tensor_class, *parameter_class;
     PyObject* profiling;       // () -> bool
     PyObject* levels;          // the globals of torch.autograd.forward_ad
     PyObject* level;           // "_current_level", of dual numbers
-    std::vector<uint64_t> plain_keys;  // the key sets of strided tensors in memory
+    PyObject* known;           // the dict of all Calls, by a chain's text and the name of a backend
 };
 inline Python python;
+inline std::vector<uint64_t> plain_keys;  // the key sets of strided tensors in memory
+
+// Python's lock, also in a thread that has it already, or that Python has never seen.
+class Lock {
+    const PyGILState_STATE state = PyGILState_Ensure();
+
+  public:
+    Lock() = default;
+    Lock(const Lock&) = delete;
+    ~Lock() { PyGILState_Release(state); }
+};
 
 // Takes an answer of Python's; an error is another answer than either, and is cleared.
 inline bool is(PyObject* expected, PyObject* answer) {
@@ -54,18 +66,41 @@ inline bool watched() {
     return !is(Py_False, PyObject_CallNoArgs(python.profiling));
 }
 
-// Whether it is a plain strided tensor in memory, and no subclass.
-inline bool is_plain(PyObject* object) {
-    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != python.tensor_class && type != python.parameter_class) return false;
-    const uint64_t keys = tensor_in(object).key_set().raw_repr();
-    for (uint64_t plain : python.plain_keys) {
+// Whether it is a plain strided tensor in memory. A subclass that only Python knows of is one, too.
+inline bool is_plain(const TensorImpl& tensor) {
+    const uint64_t keys = tensor.key_set().raw_repr();
+    for (uint64_t plain : plain_keys) {
         if (keys == plain) return true;
     }
     return false;
 }
 
+// The same of a Python object, which is no subclass.
+inline bool is_plain(PyObject* object) {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    return (type == python.tensor_class || type == python.parameter_class) && is_plain(tensor_in(object));
+}
+
+// The tensors of a call, which others hold: backward gy, then x and the operands.
+using Inputs = c10::SmallVector<const TensorImpl*, 8>;
+
+// Takes Python's tensors; false where one is not plain.
+inline bool append_plain(PyObject* const* objects, Py_ssize_t count, Inputs& inputs) {
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (!is_plain(objects[i])) return false;
+        inputs.push_back(&tensor_in(objects[i]));
+    }
+    return true;
+}
+
 inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+// What a call computes: FORWARD, or the order of the derivative and, a bit each, which gradients are wanted.
+using Wanted = int64_t;
+constexpr Wanted FORWARD = 0;
+constexpr size_t MOST_INPUTS = 32;  // so that the bits have room
+
+inline Wanted and_whether(Wanted wanted, bool need) { return wanted << 1 | static_cast<Wanted>(need); }
 
 // All that a launch depends on, but for addresses: numbers that are equal if and only if calls are made alike.
 using Key = c10::SmallVector<int64_t, 64>;
@@ -73,21 +108,20 @@ using Key = c10::SmallVector<int64_t, 64>;
 inline void describe(const TensorImpl& tensor, Key& key) {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     const int64_t type = static_cast<int64_t>(c10::typeMetaToScalarType(tensor.dtype()));
-    key.push_back(type | static_cast<int64_t>(is_aligned(tensor.data())) << 8 | static_cast<int64_t>(sizes.size()) << 9);
+    const int64_t aligned = is_aligned(tensor.data());
+    key.push_back(type | aligned << 8 | static_cast<int64_t>(sizes.size()) << 9);
     key.append(sizes.begin(), sizes.end());
     key.append(strides.begin(), strides.end());
 }
 
-// `lead`, and the tensors, of which the first says the device; false where they are not plain or not on one device.
-inline bool describe(int64_t lead, PyObject* const* objects, Py_ssize_t count, Key& key) {
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (!is_plain(objects[i])) return false;
-    }
-    const c10::Device device = tensor_in(objects[0]).device();
-    key.push_back(lead << 16 | static_cast<int64_t>(device.type()) << 8 | static_cast<uint8_t>(device.index()));
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (tensor_in(objects[i]).device() != device) return false;
-        describe(tensor_in(objects[i]), key);
+// The key of plain tensors; false where they are not on one device, or too many.
+inline bool describe(Wanted wanted, const Inputs& inputs, Key& key) {
+    if (inputs.empty() || inputs.size() > MOST_INPUTS) return false;
+    const c10::Device device = inputs[0]->device();
+    key.push_back(wanted << 16 | static_cast<int64_t>(device.type()) << 8 | static_cast<uint8_t>(device.index()));
+    for (const TensorImpl* tensor : inputs) {
+        if (tensor->device() != device) return false;
+        describe(*tensor, key);
     }
     return true;
 }

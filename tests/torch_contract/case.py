@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dualop
+from dualop import replay
 from dualop.backends.registry import BACKENDS
 
 CHAIN = "add | swish | tanh | gelu | hardtanh(-1, 1)"
@@ -58,10 +60,13 @@ class Case:
         """What `calculate` makes of the chain is what it makes of torch's functions: values, shapes, dtypes."""
         same(calculate(self.chain), calculate(written_out), tolerance, strides)
 
-    def spy(self, method: str) -> Any:
-        """A context whose `.call_args_list` has each call of the backend's own `forward` or `backward`."""
+    @contextmanager
+    def spy(self, method: str) -> Iterator[Any]:
+        """Yield what has each call of the backend's `forward` or `backward` in `.call_args_list`; C++ replays none."""
         backend: Any = BACKENDS[self.backend]
-        return mock.patch.object(backend, method, wraps=getattr(backend, method))
+        with mock.patch.object(replay, "on", False), mock.patch.dict(replay.known, clear=True):
+            with mock.patch.object(backend, method, wraps=getattr(backend, method)) as seen:
+                yield seen
 
 
 def same(found: Any, expected: Any, tolerance: float = 1e-9, strides: bool = False) -> None:
