@@ -37,12 +37,12 @@ class Task:
 
     @property
     def subject(self) -> tuning.Subject:
-        return tuning.subject(self.backend, self.work.chain, self.work.layout, self.direction)
+        return tuning.subject(self.backend, self.work.chain, self.work.layout(self.direction), self.direction)
 
     @property
     def heuristic(self) -> Cut:
         work = self.work
-        cut = BACKENDS[self.backend].heuristic(work.chain, work.layout, self.direction)
+        cut = BACKENDS[self.backend].heuristic(work.chain, work.layout(self.direction), self.direction)
         if cut is None:
             raise ValueError(f"{self.backend} has no launches to choose")
         return cut
@@ -51,7 +51,7 @@ class Task:
     def candidates(self) -> list[Cut]:
         """Return the heuristic's choice first, and among the others what an earlier search found."""
         known = tuning.lookup(self.subject, self.work.device, Cut)
-        others = BACKENDS[self.backend].candidates(self.work.layout, self.direction, self.heuristic)
+        others = BACKENDS[self.backend].candidates(self.work.layout(self.direction), self.direction, self.heuristic)
         return list(dict.fromkeys((*others, *([known] if known else []))))
 
     def __str__(self) -> str:
@@ -141,7 +141,7 @@ def run(tasks: Sequence[Task], seed: int, keep: bool, bar: Callable[[str], Progr
             heuristic=asdict(task.heuristic),
         )
         time = timer(work, task.backend, task.direction, seed)
-        near = partial(tuning.near, work.layout, task.direction)
+        near = partial(tuning.near, work.layout(task.direction), task.direction)
         try:
             result = tuning.search(task.heuristic, task.candidates, time, bar(str(task)), near)
         except Exception as error:  # the heuristic's own launch failed

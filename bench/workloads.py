@@ -75,11 +75,11 @@ class Workload:
         """Return this workload on the first `rows` of x only; None means all of them."""
         return self if rows is None else replace(self, shape=(min(rows, self.shape[0]), *self.shape[1:]))
 
-    @property
-    def layout(self) -> Layout:
-        """Return the layout of a call with these samples."""
+    def layout(self, direction: str = FORWARD) -> Layout:
+        """Return the layout of a call with these samples, or of its backward with all gradients."""
         x, *operands = self.planned.tensors
-        return layout_of(x, operands, self.device)
+        needs = None if direction == FORWARD else (True,) * (1 + len(operands))
+        return layout_of(x, operands, needs, device=self.device)
 
     @property
     def planned(self) -> Planned:
@@ -107,7 +107,7 @@ class Workload:
         """Make the inputs on the device: a random number a nanosecond on the CPU takes longer than all the timing."""
         generator = torch.Generator(self.device).manual_seed(seed)
         x, *operands = (t.normal_(generator=generator) for t in self._inputs(self.device))
-        gy = self.layout.output().normal_(generator=generator)
+        gy = self.layout().output().normal_(generator=generator)
         return Sample(x, tuple(operands), gy, self.dtype, "bench")
 
     def bytes(self, direction: str) -> int:

@@ -133,6 +133,23 @@ template <int bytes> DUALOP_FUN Bytes<bytes> load_raw(const void* from) {
     return result;
 }
 
+// 16 bytes from any address, out of the two aligned accesses that hold them.
+DUALOP_FUN Bytes<16> load_unaligned_raw(const void* from) {
+    const unsigned long long address = reinterpret_cast<unsigned long long>(from), skip = address & 15;
+    const uint4* aligned = reinterpret_cast<const uint4*>(address - skip);
+    const uint4 low = aligned[0], high = aligned[1];
+    const unsigned word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    unsigned two[6], one[5];
+#pragma unroll
+    for (int i = 0; i < 6; i++) two[i] = skip & 8 ? word[i + 2] : word[i];
+#pragma unroll
+    for (int i = 0; i < 5; i++) one[i] = skip & 4 ? two[i + 1] : two[i];
+    Bytes<16> result;
+#pragma unroll
+    for (int i = 0; i < 4; i++) result.word[i] = __funnelshift_r(one[i], one[i + 1], static_cast<unsigned>(skip & 3) * 8);
+    return result;
+}
+
 // In PTX, since the compiler splits a store of uint4 into four where it also sees the store of a single element.
 template <int bytes> DUALOP_FUN void store_raw(void* to, Bytes<bytes> value) {
     const auto& w = value.word;

@@ -32,6 +32,9 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int widt
     int lane = dualop::host::machine->lane(), source = lane ^ (lanes & 31);
     return dualop::host::shuffle(mask, value, source > (lane | (width - 1)) ? lane : source);
 }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+    return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
+}
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }
@@ -130,6 +133,12 @@ template <int bytes> DUALOP_FUN Bytes<bytes> load_raw(const void* from) {
     host::check_aligned(from, bytes);
     Bytes<bytes> result;
     memcpy(&result, from, bytes);
+    return result;
+}
+
+DUALOP_FUN Bytes<16> load_unaligned_raw(const void* from) {
+    Bytes<16> result;
+    memcpy(&result, from, 16);
     return result;
 }
 

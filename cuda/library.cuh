@@ -7,10 +7,9 @@
 namespace dualop {
 
 template <class P> struct Launch {
-    word vector;  // 1: 16-byte accesses, which need aligned rows; 0: an element at a time
     word grid_x, grid_y, grid_z, block_x, block_y;
     void* stream;
-    Arguments<P::inputs> arguments;
+    Arguments<typename P::F, P::inputs> arguments;
 
     dim3 block() const { return dim3(static_cast<unsigned>(block_x), static_cast<unsigned>(block_y)); }
     dim3 grid() const {
@@ -18,17 +17,15 @@ template <class P> struct Launch {
     }
 
     int forward() const {
-        if (vector) launch(forward_kernel<P, P::wide>, grid(), block(), stream, arguments);
-        else launch(forward_kernel<P, 1>, grid(), block(), stream, arguments);
+        launch(forward_kernel<P>, grid(), block(), stream, arguments);
         return last_error();
     }
 
     int backward() const {
-        if (vector) launch(backward_kernel<P, P::wide>, grid(), block(), stream, arguments);
-        else launch(backward_kernel<P, 1>, grid(), block(), stream, arguments);
+        launch(backward_kernel<P>, grid(), block(), stream, arguments);
         if (int error = last_error()) return error;
         word outputs = 0, terms = 0;
-        for (const View& view : arguments.in) {
+        for (const auto& view : arguments.in) {
             if (!view.sum) continue;
             outputs = std::max(outputs, view.kept * view.columns);
             terms = std::max(terms, view.outer * view.inner);

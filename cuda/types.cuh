@@ -36,18 +36,41 @@ DUALOP_FUN unsigned short pack_one(float x, float16) { return to_f16(x); }
 template <class T, int n> struct Pack {
     static constexpr int bytes = n * static_cast<int>(sizeof(T)), chunk = bytes < 16 ? bytes : 16;
     static constexpr int per_chunk = chunk / static_cast<int>(sizeof(T));
+    static constexpr int per_element = sizeof(T) < 4 ? 1 : static_cast<int>(sizeof(T)) / 4;  // words
     Bytes<chunk> part[bytes / chunk];
 
-    // Leaves it as it was where `ok` is false.
-    DUALOP_FUN void load(const T* from, bool ok) {
-        if (!ok) return;
+    DUALOP_FUN void load(const T* from) {
 #pragma unroll
         for (int i = 0; i < bytes / chunk; i++) part[i] = load_raw<chunk>(from + i * per_chunk);
     }
-
     DUALOP_FUN void store(T* to) const {
 #pragma unroll
         for (int i = 0; i < bytes / chunk; i++) store_raw<chunk>(to + i * per_chunk, part[i]);
+    }
+
+    // One element, as a whole of its own.
+    DUALOP_FUN void set(int i, const Pack<T, 1>& element) {
+        auto& word = part[i / per_chunk].word;
+        const int at = i % per_chunk;
+        if constexpr (sizeof(T) == 2 && n > 1) {
+            const unsigned bits = element.part[0].word[0];
+            word[at / 2] = at % 2 ? (word[at / 2] & 0xffffu) | bits << 16 : bits;
+        } else {
+#pragma unroll
+            for (int w = 0; w < per_element; w++) word[per_element * at + w] = element.part[0].word[w];
+        }
+    }
+    DUALOP_FUN Pack<T, 1> get(int i) const {
+        const auto& word = part[i / per_chunk].word;
+        const int at = i % per_chunk;
+        Pack<T, 1> element;
+        if constexpr (sizeof(T) == 2 && n > 1) {
+            element.part[0].word[0] = static_cast<unsigned short>(word[at / 2] >> 16 * (at % 2));
+        } else {
+#pragma unroll
+            for (int w = 0; w < per_element; w++) element.part[0].word[w] = word[per_element * at + w];
+        }
+        return element;
     }
 
     template <class R> DUALOP_FUN void unpack(R (&out)[n]) const {

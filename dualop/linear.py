@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dualop import torch_private
 from dualop.backends import registry
-from dualop.backends.triton import TRITON
+from dualop.backends.triton import TRITON, Form, divisors, strides
 from dualop.build.generated import imported
 from dualop.errors import BackendUnavailable
 from dualop.language.program import steps
@@ -144,7 +144,7 @@ def _of_layout(x: Tensor, weight: Tensor, operands: Sequence[Tensor]) -> list[st
         layout = _layout(shape, x.dtype, operands)
     except RuntimeError:
         return ["the operands do not broadcast"]
-    if layout.shape != shape or any(view.copy is not None for view in layout.views):
+    if layout.shape != shape or layout.cols != shape[-1]:
         return ["an operand does not lie along the rows and columns of the product"]
     return []
 
@@ -155,7 +155,7 @@ def prepared(
     """Return a launch: the kernel, the grid, arguments, constants, options. x and weight are matrices."""
     (rows, depth), cols = x.shape, weight.shape[0]
     layout = _layout(y.shape, y.dtype, operands)
-    views, deep = layout.views[1:-1], tile.depth_bytes // x.element_size()
+    views, deep = layout.views[:-1], tile.depth_bytes // x.element_size()
     matrices: list[Any] = [x, weight, y.reshape(rows, cols)]
     descriptors = _aligned(*matrices) and (x.device.type != "cuda" or _hopper(x.device))
     if descriptors:
@@ -163,18 +163,16 @@ def prepared(
 
         blocks = ([tile.rows, deep], [tile.columns, deep], [tile.rows, tile.columns // tile.parts])
         matrices = [TensorDescriptor.from_tensor(m, block) for m, block in zip(matrices, blocks, strict=True)]
-    placed = [
-        part
-        for tensor, view in zip(operands, views, strict=True)
-        for part in (tensor, view.div, view.mod, view.row_stride, view.outer_stride)
-    ]
+    step = 1 if cols % layout.width else layout.width
+    placed = [part for t, view in zip(operands, views[1:], strict=True) for part in (t, *strides(view, step))]
+    placed += divisors(layout.row_sizes)
     tiles = ceil_div(rows, tile.rows) * ceil_div(cols, tile.columns)
     constants = {
-        "DESCRIPTORS": descriptors, "NARROW": layout.narrow, "BITS": layout.bits,
+        "STEP": step, "DESCRIPTORS": descriptors, "NARROW": layout.narrow, "BITS": layout.bits,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": deep, "GROUP": tile.group, "PARTS": tile.parts,
     }  # fmt: skip
     return (
-        _module(chain, tuple(view.kind for view in views)).gemm_kernel,
+        _module(chain, (tuple((v.kind, v.access) for v in views), len(layout.row_sizes), 1)).gemm_kernel,
         (min(tiles, tile.programs * multiprocessors(x.device)),),
         [*matrices, *placed, rows, cols, depth, x.stride(0), weight.stride(0)],
         constants,
@@ -183,11 +181,11 @@ def prepared(
 
 
 @lru_cache(maxsize=256)
-def _module(chain: Chain, kinds: tuple[int, ...]) -> ModuleType:
-    """Return the chain's module for operands of these kinds (dualop/launch/layout.py)."""
-    from dualop.triton_kernels.gemm import generate
+def _module(chain: Chain, form: Form) -> ModuleType:
+    """Return the chain's module for the product and operands of this form."""
+    from dualop.triton_kernels import gemm, generate
 
-    return imported(generate(str(chain).replace('"', "'"), steps(chain), kinds))
+    return imported(gemm.generate(str(chain).replace('"', "'"), steps(chain), generate.Form(*form)))
 
 
 def _layout(shape: torch.Size, dtype: torch.dtype, operands: Sequence[Tensor]) -> Layout:
@@ -196,7 +194,7 @@ def _layout(shape: torch.Size, dtype: torch.dtype, operands: Sequence[Tensor]) -
     The vector keeps the layout from being cut into other rows than the product has.
     """
     product, vector = (torch.empty(s, dtype=dtype, device="meta") for s in (shape, shape[-1:]))
-    return layout_of(product, [*operands, vector])
+    return layout_of(product, [*operands, vector], whole=False)
 
 
 def _rows(tensor: Tensor) -> Tensor:

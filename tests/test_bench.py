@@ -98,7 +98,7 @@ def test_samples_lie_as_the_workload_says(entry):
     assert [t.shape for t in planned] == [t.shape for t in inputs] == work.shapes
     assert [t.stride() for t in planned] == [t.stride() for t in inputs]
     assert [t.storage_offset() for t in planned] == [t.storage_offset() for t in inputs]
-    assert sample.gy.stride() == work.layout.strides
+    assert sample.gy.stride() == work.layout().strides
     drawn = work._drawn(0)  # as on a GPU
     assert [t.stride() for t in (drawn.x, *drawn.operands, drawn.gy)] == [t.stride() for t in (*inputs, sample.gy)]
     assert all(t.count_nonzero() == t.numel() for t in (drawn.x, *drawn.operands, drawn.gy))

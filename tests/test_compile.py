@@ -54,8 +54,8 @@ class Problem:
         """As the CUDA backend makes it of tensors."""
         kinds = [getattr(torch, d) for d in self.all_dtypes]
         x, *operands = [torch.empty(s, dtype=t, device="meta") for s, t in zip(self.shapes, kinds, strict=True)]
-        layout = layout_of(x, operands)
-        return signature_of(layout, kinds)
+        layout = layout_of(x, operands, [True] * len(kinds))
+        return signature_of(layout, kinds, [True] * (1 + len(kinds)))
 
 
 X = (2048, 8192)
@@ -71,6 +71,10 @@ MORE_FORMS: dict[str, tuple[tuple[int, ...], ...]] = {
     "position": ((64, 128, 1024), (128, 1024)),
     "x broadcast": ((8192,), X),
     "two rows": ((64, 8, 16, 1024), (64, 1, 16, 1)),
+    "odd features": ((2048, 1001), (1001,)),
+    "odd channels": ((64, 256, 7, 7), (256, 1, 1)),
+    "odd rows": ((2047, 1001), (2047, 1)),
+    "channels": ((64, 256, 28, 28), (256, 1, 1)),
 }
 # All stages of the table, a few a chain. A number in between keeps intervals from simplifying the next stage away.
 EXAMPLES = [stage.example for stage in STAGES.values() if not stage.operand]
@@ -93,7 +97,10 @@ def group_shapes(chain: str) -> tuple[tuple[int, ...], ...]:
 
 PROBLEMS = [
     *[Problem(f"{form}, {t}", DEFAULT, shapes, (t,)) for form, shapes in FORMS.items() for t in DTYPES],
-    *[Problem(f"{form}, {t}", DEFAULT, s, (t,)) for (form, s), t in zip(MORE_FORMS.items(), DTYPES, strict=True)],
+    *[
+        Problem(f"{form}, {t}", DEFAULT, s, (t,))
+        for (form, s), t in zip(MORE_FORMS.items(), [*DTYPES, *DTYPES], strict=True)
+    ],
     Problem("mixed", DEFAULT, FORMS["features"], ("bfloat16", "float32")),
     *[Problem(f"{name}, {t}", text, group_shapes(text), (t,)) for name, text in GROUPS.items() for t in DTYPES],
     *[Problem(f"slope, {t}", "slope of silu | tanh | gelu | hardtanh", (X, X), (t,)) for t in DTYPES],
@@ -144,8 +151,8 @@ def test_cuda_without_spills_and_stack_frames(problem: Problem, tmp_path: Path, 
     said = nvcc(source(parse(problem.chain), problem.signature(), host=False), tmp_path)
     assert "warning" not in said, said
     kernels = [match.groupdict() for match in ENTRY.finditer(said)]
-    # Forward (not of a slope) and backward, each with wide and with single accesses, and the sum of partial sums.
-    assert len(kernels) == len(ARCHITECTURES) * (3 if problem.name.startswith("slope") else 5)
+    # Forward (not of a slope), backward, and the sum of partial sums.
+    assert len(kernels) == len(ARCHITECTURES) * (2 if problem.name.startswith("slope") else 3)
     name = re.sub(r"[^a-z0-9]+", "-", problem.name)
     rows = [f"{problem.name}\tsm_{k['architecture']}\t{k['kernel']}\t{k['registers']}" for k in kernels]
     folder = cache.folder() / "registers"
@@ -214,7 +221,8 @@ def test_triton_compiles(release: str, tmp_path: Path, record_property: Any) -> 
         kernel_takes, it_is_given = row["parameters"]
         assert kernel_takes == it_is_given > 3, f"the launch in C++ does not fit: {row}"
         if row["kernel"] != "sum_kernel":
-            assert row["wide_loads"] and row["wide_stores"], f"no 16-byte accesses: {row}"
+            odd = row["name"].startswith("odd rows")  # whose last access is not a whole one (docs/limits.md)
+            assert odd or (row["wide_loads"] and row["wide_stores"]), f"no 16-byte accesses: {row}"
             assert not row["conversions"], f"tiles pass through shared memory: {row}"
     table = [f"{r['name']}\tsm_{r['architecture']}\t{r['kernel']}\t{r['registers']}\t{r['spills']}" for r in rows]
     folder = cache.folder() / "registers"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dualop
 from dualop.language.syntax import Chain
-from dualop.launch.layout import layout_of
+from dualop.launch.layout import COLUMN, EACH, FULL, NEAR, ONE, ROW, SHARED, WIDE, layout_of
 from dualop.numerics.check import poisoned
 
 BACKENDS = ("reference", "cuda", "triton")
@@ -47,6 +47,8 @@ def arranged(values: Tensor, how: str) -> Tensor:
     shape, rank = tuple(values.shape), values.dim()
     if how == "transposed":
         return values.transpose(0, rank - 1).contiguous().transpose(0, rank - 1)
+    if how == "heads":  # as an attention layer makes them of its sequence
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
     if how == "channels_last":
         return values.contiguous(memory_format=torch.channels_last)
     if how == "sliced":  # rows stay contiguous
@@ -206,6 +208,10 @@ FORMS = [
     default("per row, long rows", d(3, 5000), d(3, 1)),
     default("channel", d(3, 5, 4, 6), d(5, 1, 1)),
     default("channel, one image", d(1, 5, 7, 7), d(5, 1, 1)),
+    default("channels in a row", d(20, 40, 7, 7), d(40, 1, 1)),
+    default("channels in a row, bfloat16", d(20, 40, 7, 7), d(40, 1, 1), dtypes=(BF16,)),
+    default("channels beyond a program, bfloat16", d(17, 3, 19, 19), d(3, 1, 1), dtypes=(BF16,)),
+    default("channels beyond a program, a short last row", d(17, 3, 19, 19), d(3, 1, 1)),
     default("channel of a volume", d(2, 3, 4, 5, 3), d(3, 1, 1, 1)),
     default("full", d(9, 70), d(9, 70)),
     default("full, folded", d(2, 8192), d(2, 8192)),
@@ -231,7 +237,12 @@ MEMORY = [
     default("x transposed", ((20, 24), "transposed"), d(24)),
     default("x and operand transposed", ((20, 24), "transposed"), ((20, 24), "transposed")),
     default("x transposed, operand not", ((20, 24), "transposed"), d(20, 24)),
+    default("operand transposed", d(20, 24), ((20, 24), "transposed")),
+    default("operand transposed, bfloat16", d(70, 48), ((70, 48), "transposed"), dtypes=(BF16,)),
+    default("heads, positions", ((2, 3, 20, 8), "heads"), d(1, 1, 20, 8)),
+    default("heads, operand not", ((2, 3, 20, 8), "heads"), d(2, 3, 20, 8)),
     default("x sliced", ((9, 33), "sliced"), d(33)),
+    default("x sliced, whole rows", ((9, 64), "sliced"), d(64), dtypes=(BF16,)),
     default("x and operand sliced", ((9, 40), "sliced"), ((9, 40), "sliced")),
     default("x sliced in the middle", ((3, 4, 16), "sliced in the middle"), d(16)),
     default("x with gaps", ((9, 32), "every second"), ((32,), "every second")),
@@ -309,11 +320,17 @@ def test_the_cases_reach_every_kind_of_view() -> None:
     kinds = set()
     for case in CASES:
         x, operands, _ = make(case, "cpu")
-        layout = layout_of(x, operands)
-        kinds |= {(v.kind, v.copy is not None, v.expanded) for v in layout.views}
-    read = {kind & 7 for kind, _, _ in kinds}
-    assert read >= {0, 1, 2, 3, 6, 7}  # scalar, column, row, full, row and full with wrapping
-    assert {copied for _, copied, _ in kinds} == {expanded for _, _, expanded in kinds} == {False, True}
+        layout = layout_of(x, operands, [True] * (1 + len(operands)))
+        kinds |= {(v.kind, v.access, v.expanded) for v in layout.views}
+    assert {kind for kind, _, _ in kinds} == {0, COLUMN, ROW, FULL, FULL | SHARED}
+    assert {(kind & COLUMN, access) for kind, access, _ in kinds} == {
+        (1, EACH),
+        (1, ONE),
+        (1, WIDE),
+        (1, NEAR),
+        (0, ONE),
+    }
+    assert {expanded for _, _, expanded in kinds} == {False, True}
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

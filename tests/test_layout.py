@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 
 import dualop
 from dualop.errors import DeviceError, DtypeError, LayoutError, OperandError, ShapeError
+from dualop.launch import sums
 from dualop.launch.checks import device_of, validate
 from dualop.launch.grid import MOST_PROGRAMS, TILES, Cut, Grid, Tall, backward_grid, forward_grid, power_of_two
-from dualop.launch.layout import COLUMN, FOLD, FULL, ROW, SPLIT, WRAP, Layout, layout_of
+from dualop.launch.layout import COLUMN, EACH, FOLD, FULL, NEAR, ONE, ROW, SHARED, WIDE, Layout, divisor, layout_of
 
 hypothesis = pytest.importorskip("hypothesis")
 example, given, settings, st = hypothesis.example, hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -86,18 +87,27 @@ def places(layout: Layout) -> tuple[Tensor, Tensor]:
     return at // layout.cols, at % layout.cols
 
 
+def offsets(layout: Layout, index: int, row: Tensor, column: Tensor) -> Tensor:
+    """Where an input's elements lie for these rows and columns."""
+    v, offset = layout.views[index], torch.zeros_like(row)
+    for at, sizes, strides in ((row, layout.row_sizes, v.row_strides), (column, layout.col_sizes, v.col_strides)):
+        for size, stride in reversed(list(zip(sizes[1:], strides[1:], strict=True))):
+            offset, at = offset + at % size * stride, at // size
+        offset = offset + at * strides[0]
+    return offset
+
+
 def read(layout: Layout, index: int, tensor: Tensor) -> Tensor:
     """The values of one input at every element, in the order of the result's memory, as `cuda/view.cuh` reads them."""
     v, (row, column) = layout.views[index], places(layout)
-    offset = torch.zeros_like(row)
-    if v.kind & WRAP:
-        row = row // v.div % v.mod
-    elif v.kind & SPLIT:
-        offset += row // v.mod * v.outer_stride
-        row = row % v.mod
-    offset += row * v.row_stride if v.kind & ROW else 0
-    offset += column if v.kind & COLUMN else 0
-    return memory(layout.readable(index, tensor))[offset]
+    at, wide = offsets(layout, index, row, column), layout.width
+    first = torch.arange(layout.total) // wide * wide  # of the elements of an access
+    if v.access in (WIDE, NEAR):
+        assert torch.equal(at, at[first] + torch.arange(layout.total) - first if v.kind & COLUMN else at[first])
+        assert v.access == NEAR or torch.all(at[first] % wide == 0)
+    if v.access == ONE and v.kind & COLUMN:
+        assert torch.equal(at, at[first])
+    return memory(layout.readable(tensor))[at]
 
 
 def in_memory_order(layout: Layout, values: Tensor) -> Tensor:
@@ -112,10 +122,15 @@ def partial_sums(layout: Layout, index: int, grid: Grid, g: Tensor) -> Tensor:
     tile_row, tile_column = row // grid.tile_rows, column // grid.tile_cols
     row_program = tile_row % grid.row_programs if grid.row_step else tile_row
     column_program = tile_column % grid.col_programs if grid.col_step else tile_column
-    shape = v.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs)
-    out = torch.full((math.prod(shape),), torch.nan, dtype=layout.accumulator)
+    size = layout.rows * layout.cols if v.kind & SHARED else math.prod(sums.sum_shape(layout, index, grid))
+    out = torch.full((size,), torch.nan, dtype=layout.accumulator)
     if v.kind & FULL == FULL:
         at = row * layout.cols + column
+    elif segment := sums.segment(layout, index):
+        which, slots = column // segment, sums.slots(segment, grid)
+        slot = column_program - which * segment // grid.tile_cols
+        assert torch.all(slot < slots)
+        at = (row_program * (layout.cols // segment) + which) * slots + slot
     elif v.kind & COLUMN:
         at = row_program * layout.cols + column
     elif v.kind & ROW:
@@ -135,7 +150,7 @@ def gradients(layout: Layout, tensors: Sequence[Tensor], grid: Grid, g: Tensor) 
     partials: list[Tensor | None] = []
     for i, (v, tensor) in enumerate(zip(layout.views, tensors, strict=True)):
         out = None if v.expanded else layout.gradient(i, tensor)
-        partial = layout.partial(i, grid.row_programs, grid.col_programs)
+        partial = sums.partial(layout, i, grid)
         if out is not None and not v.reduced:
             out.as_strided((layout.total,), (1,)).copy_(g)
         elif out is not None and partial is None:
@@ -143,9 +158,10 @@ def gradients(layout: Layout, tensors: Sequence[Tensor], grid: Grid, g: Tensor) 
         elif partial is not None:
             partial.copy_(partial_sums(layout, i, grid, g))
         if out is not None and partial is not None:
-            shape = v.sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs)
-            assert math.prod(shape) == partial.numel()
-            out.as_strided((out.numel(),), (1,)).copy_(partial.double().reshape(shape).sum((0, 2)).flatten())
+            shape = sums.sum_shape(layout, i, grid)
+            assert math.prod(shape) <= partial.numel()
+            left = partial[: math.prod(shape)].double().reshape(shape)
+            out.as_strided((out.numel(),), (1,)).copy_(left.sum((0, 2)).flatten())
         written.append(out)
         partials.append(partial)
     return layout.finished(written, partials, tensors)
@@ -167,8 +183,16 @@ def steps(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
 
 
 def check(tensors: Sequence[Tensor], tile_rows: int = 8, tile_cols: int = 16, programs: int = 4) -> Layout:
-    """Everything that a kernel relies on, for one call."""
-    layout, expected = layout_of(tensors[0], tensors[1:]), torchs(tensors)
+    """Everything that a kernel relies on, for one call: forward, and backward with all gradients and with x's alone."""
+    needs = [None, [True] * len(tensors), [i == 0 for i in range(len(tensors))]]
+    return [check_one(tensors, need, tile_rows, tile_cols, programs) for need in needs][1]
+
+
+def check_one(
+    tensors: Sequence[Tensor], needs: Sequence[bool] | None, tile_rows: int, tile_cols: int, programs: int
+) -> Layout:
+    """The same for one of them."""
+    layout, expected = layout_of(tensors[0], tensors[1:], needs), torchs(tensors)
     assert layout.shape == expected.shape
     assert layout.dtype == expected.dtype
     assert layout.total == expected.numel()
@@ -178,6 +202,7 @@ def check(tensors: Sequence[Tensor], tile_rows: int = 8, tile_cols: int = 16, pr
         return layout
     assert steps(layout.shape, layout.strides) == steps(expected.shape, expected.stride())
     assert (layout.rows - 1) * layout.cols < layout.total <= layout.rows * layout.cols
+    assert layout.rows == 1 or layout.cols % layout.width == 0  # rows are whole accesses
     y = layout.output()
     assert y.shape == expected.shape and y.stride() == layout.strides and y.dtype == expected.dtype
 
@@ -230,10 +255,10 @@ def test_one_long_row_is_folded(n: int, scalar: bool) -> None:
     assert check([numbered((n, 1), torch.float32)]).rows == layout.rows
 
 
-# ---- what must not be copied -----------------------------------------------------------------------------------------
+# ---- nothing is copied -----------------------------------------------------------------------------------------------
 
 randn = torch.randn
-NO_COPY = {
+READ_AS_IT_LIES = {
     "feature": [randn(6, 8), randn(8)],
     "channel": [randn(2, 3, 4, 5), randn(3, 1, 1)],
     "channel, 5-d": [randn(2, 3, 4, 5, 2), randn(3, 1, 1, 1)],
@@ -256,23 +281,70 @@ NO_COPY = {
     "narrowed and transposed": [randn(9, 6)[:8].t(), randn(6, 1)],
     "one dimension of many": [randn(2, 3, 4, 5).permute(3, 0, 2, 1)],
     "overlapping windows": [randn(10).unfold(0, 4, 1)],
+    "gaps between columns": [randn(6, 16)[:, ::2], randn(16)[::2]],
+    "transposed operand": [randn(8, 6), randn(6, 8).t()],
+    "heads of attention": [randn(2, 6, 3, 8).transpose(1, 2), randn(1, 1, 6, 8), randn(2, 3, 6, 8)],
+    "odd channels": [randn(2, 3, 7, 7), randn(3, 1, 1)],
+    "odd features": [randn(5, 33), randn(33), randn(5, 1)],
+    "every other dimension": [randn(2, 3, 4, 5, 6), randn(2, 1, 4, 1, 6), randn(3, 1, 5, 1)],
+    "expanded": [randn(1, 8).expand(6, 8), randn(6, 1).expand(6, 8)],
 }
 
 
-@pytest.mark.parametrize("name", NO_COPY)
-def test_no_copy(name: str) -> None:
-    tensors = NO_COPY[name]
-    layout = check([t.detach() for t in tensors])
-    assert [v.copy for v in layout.views] == [None] * len(tensors)
-    for i, tensor in enumerate(tensors):
-        assert layout.readable(i, tensor) is tensor
+@pytest.mark.parametrize("name", READ_AS_IT_LIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_copied(name: str, dtype: torch.dtype) -> None:
+    # A case may view other memory than its own, which .to(dtype) would not keep.
+    tensors = [t.detach() for t in READ_AS_IT_LIES[name]]
+    if dtype != torch.float32:
+        tensors = [t.bfloat16() if t.is_contiguous() else torch.empty_like(t, dtype=dtype).copy_(t) for t in tensors]
+    layout = check(tensors)
+    for tensor in tensors:
+        assert layout.readable(tensor) is tensor
 
 
-def test_a_copy_is_no_larger_than_its_tensor() -> None:
-    """Columns with gaps have no view; what stands in for them is as large as the tensor and not as the result."""
-    x, bias = randn(6, 16)[:, ::2], randn(16)[::2]
-    layout = check([x, bias])
-    assert layout.readable(0, x).numel() == x.numel() and layout.readable(1, bias).numel() == bias.numel()
+BF16, EMPTY = torch.bfloat16, partial(torch.empty, dtype=torch.bfloat16, device="meta")
+ACCESSES = {
+    "features": ([EMPTY(64, 1000), EMPTY(1000)], (64, 1000), [WIDE, WIDE]),
+    "odd features, eight rows in one": ([EMPTY(64, 33), EMPTY(33)], (8, 264), [WIDE, EACH]),
+    "odd features, a last row that is shorter": ([EMPTY(63, 33), EMPTY(33)], (8, 264), [WIDE, EACH]),
+    "odd channels": ([EMPTY(16, 64, 7, 7), EMPTY(64, 1, 1)], (16, 3136), [WIDE, EACH]),
+    "channels of whole accesses": ([EMPTY(16, 64, 8, 8), EMPTY(64, 1, 1)], (16, 4096), [WIDE, ONE]),
+    "channels_last": (
+        [EMPTY(4, 64, 7, 7).to(memory_format=torch.channels_last), EMPTY(64, 1, 1)],
+        (196, 64),
+        [WIDE] * 2,
+    ),
+    "a slice": ([EMPTY(64, 34)[:, 1:-1], EMPTY(32)], (64, 32), [NEAR, WIDE]),
+    "a slice of whole accesses": ([EMPTY(64, 48)[:, 8:-8], EMPTY(32)], (64, 32), [WIDE, WIDE]),
+    "every second column": ([EMPTY(64, 64)[:, ::2], EMPTY(32)], (64, 32), [EACH, WIDE]),
+    "a transposed operand": ([EMPTY(64, 32), EMPTY(32, 64).t()], (64, 32), [WIDE, EACH]),
+    "positions": ([EMPTY(4, 64, 3, 8).transpose(1, 2), EMPTY(64, 8)], (768, 8), [WIDE, WIDE]),
+}
+
+
+@pytest.mark.parametrize("name", ACCESSES)
+def test_rows_are_whole_accesses(name: str) -> None:
+    tensors, size, accesses = ACCESSES[name]
+    layout = layout_of(tensors[0], tensors[1:])
+    assert ((layout.rows, layout.cols), [v.access for v in layout.views]) == (size, accesses)
+
+
+def test_sums_along_rows_where_rows_are_whole_accesses() -> None:
+    """Forward a long row leaves no thread idle; backward, sums along rows are cheaper than sums of columns."""
+    x, channel = EMPTY(16, 64, 8, 8), EMPTY(64, 1, 1)
+    backward = layout_of(x, [channel], [True, True])
+    assert (backward.rows, backward.cols, backward.views[1].kind) == (1024, 64, ROW)
+    assert layout_of(x, [channel], [True, False]) == layout_of(x, [channel], [True, False])
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 33, 49, 196, 3136, 2**15, 50257, 2**30, 2**31 - 1])
+def test_a_divisor_divides_every_number(size: int) -> None:
+    _, multiplier, shift = divisor(size)
+    assert 2**31 <= multiplier < 2**32
+    multiples = [n for k in (1, 2, 3, (2**31 - 1) // size) for n in (k * size - 1, k * size, k * size + 1)]
+    for n in [n for n in (0, 1, size // 2, *multiples, 2**31 - 1) if n < 2**31]:
+        assert (n * multiplier >> 32) >> shift == n // size
 
 
 def test_the_same_call_has_the_same_layout() -> None:
@@ -306,11 +378,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     [
         ([meta(2**32 + 1)], 2**19 + 1, FOLD),
         ([meta(2**20, 2**13), meta(2**13)], 2**20, 2**13),
-        ([meta(2**32, 3), meta(3)], 2**32, 3),
+        ([meta(2**32, 3), meta(3)], 2**29, 24),
         ([meta(3, 2**32), meta(2**32)], 3, 2**32),
-        ([meta(2**32, 3), meta(2**32, 1)], 2**32, 3),
+        ([meta(2**32, 3), meta(2**32, 1)], 2**29, 24),
         ([meta(70_000, 70_000), meta()], math.ceil(70_000**2 / FOLD), FOLD),
-        ([meta(64, 512, 2**9, 2**9), meta(512, 1, 1)], 2**15, 2**18),
+        ([meta(64, 512, 2**9, 2**9), meta(512, 1, 1)], 64, 2**27),
         ([meta(1), meta(2**33)], 2**20, FOLD),
     ],
     ids=lambda value: " ".join(str(tuple(t.shape)) for t in value) if isinstance(value, list) else str(value),
@@ -319,11 +391,9 @@ def test_more_than_2_to_the_31_elements(tensors: list[Tensor], rows: int, cols: 
     layout = layout_of(tensors[0], tensors[1:])
     assert (layout.rows, layout.cols) == (rows, cols)
     assert layout.total == torch.broadcast_shapes(*(t.shape for t in tensors)).numel() > 2**31
-    row, column = (layout.total - 1) // layout.cols, (layout.total - 1) % layout.cols
-    for v, t in zip(layout.views, tensors, strict=True):
-        wrapped = row // v.div % v.mod if v.kind & WRAP else row
-        last = (wrapped * v.row_stride if v.kind & ROW else 0) + (column if v.kind & COLUMN else 0)
-        assert last == t.numel() - 1  # the last element is read for the last element of the result
+    row, column = torch.tensor((layout.total - 1) // layout.cols), torch.tensor((layout.total - 1) % layout.cols)
+    for i, t in enumerate(tensors):  # the last element is read for the last element of the result
+        assert offsets(layout, i, row, column) == t.numel() - 1
     # A tile of the CUDA backend's; a grid's first axis ends at 2^31 - 1, the others at 65535.
     width = min(256, power_of_two(-(-layout.cols // 8)))
     tile = (1024 // width, width * 8)
@@ -406,7 +476,7 @@ def test_tall_tiles_leave_no_partial_sums(
         grid = backward_grid(layout, *tile, 132, found)
         covered(layout, grid)
         assert grid.row_programs == 1 and grid.steps <= 16 and grid.tile_cols * dtype.itemsize == width
-        assert layout.partial(1, grid.row_programs, grid.col_programs) is None
+        assert sums.partial(layout, 1, grid) is None
 
 
 @pytest.mark.parametrize(
@@ -444,8 +514,14 @@ def test_partial_sums_are_few() -> None:
     layout = layout_of(meta(16384, 8192), [meta(8192)])
     grid = backward_grid(layout, 8, 256, 132, Cut(2, 128, 32, 4))
     assert grid.steps == TILES
-    partial = math.prod(layout.views[1].sum_shape(layout.rows, layout.cols, grid.row_programs, grid.col_programs))
-    assert partial <= layout.total // 50
+    assert math.prod(sums.sum_shape(layout, 1, grid)) <= layout.total // 50
+
+
+def test_partial_sums_of_segments_are_fewer_than_columns() -> None:
+    layout = layout_of(meta(128, 512, 14, 14), [meta(512, 1, 1)], [True, True])
+    grid = backward_grid(layout, 16, 256, 132, Cut(2, 256, 32, 4, least=4))
+    assert sums.segment(layout, 1) == 196
+    assert sums.sum_shape(layout, 1, grid) == (grid.row_programs, 512, 2, 1)
 
 
 @pytest.mark.parametrize(

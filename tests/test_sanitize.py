@@ -211,8 +211,8 @@ def test_the_cuts_loop(backend, processors, monkeypatch, device):
     steps = {}
     for case in sanitize_calls.LOOPED:
         x, operands, gy = make(case, device)
-        chain, layout = dualop.chain(case.text), layout_of(x, operands)
         needs = (True,) * (1 + len(operands))
+        chain, layout = dualop.chain(case.text), layout_of(x, operands, needs)
         for name, change in sanitize_calls.CUTS.items():
             cut = change(BACKENDS[backend].heuristic(chain, layout, "backward"))
             grid = BACKENDS[backend].launch(chain, layout, needs, cut, (gy, x, *operands)).grid

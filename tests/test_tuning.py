@@ -150,7 +150,7 @@ def test_a_second_call_looks_nothing_up(backend, monkeypatch):
 def test_only_rows_and_registers_make_another_library():
     x, bias, _ = tensors()
     layout = layout_of(x, [bias])
-    signature = cuda._signature(layout, [x.dtype, bias.dtype])
+    signature = cuda._signature(layout, [x.dtype, bias.dtype], [True] * 3)
     name = lambda **more: cuda._build(OP, signature, CPU, (base[0], replace(base[1], **more))).name
     base = cuda._cuts(OP, layout)
     assert len({name(), name(threads=64, across=64), name(least=1, most=2)}) == 1
@@ -167,7 +167,7 @@ def test_only_rows_and_registers_make_another_library():
 @pytest.mark.parametrize("shape", [(16384, 8192), (128, 512), (1, 16), (5,), (70_000, 3)], ids=str)
 def test_candidates(backend, direction, dtype, shape):
     x = torch.empty(shape, dtype=dtype, device="meta")
-    layout = layout_of(x, [torch.empty(shape[-1:], dtype=dtype, device="meta")], CPU)
+    layout = layout_of(x, [torch.empty(shape[-1:], dtype=dtype, device="meta")], device=CPU)
     present = BACKENDS[backend].heuristic(OP, layout, direction)
     found = BACKENDS[backend].candidates(layout, direction, present)
     assert found[0] == present and len(set(found)) == len(found) <= 41
@@ -270,9 +270,11 @@ def test_what_an_earlier_search_found_is_tried_again():
 
 def test_every_launch_is_compiled_before():
     one = task(BACKWARD, "cuda", (64, 512))
-    chosen = [cuda._cuts(c.chain, layout_of(c.tensors[0], c.tensors[1:], CPU), c.cuts)[1] for c in tuning.planned(one)]
+    chosen = [
+        cuda._cuts(c.chain, layout_of(c.tensors[0], c.tensors[1:], device=CPU), c.cuts)[1] for c in tuning.planned(one)
+    ]
     assert chosen == one.candidates and len(chosen) > 1
-    assert cuda._cuts(OP, one.work.layout)[1] == one.heuristic
+    assert cuda._cuts(OP, one.work.layout(one.direction))[1] == one.heuristic
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -307,7 +309,7 @@ def test_without_a_backend_the_command_takes_all_that_have_launches_to_choose(mo
     file = tmp_path / "tune.json"
     arguments = ["--chain", "add | relu", "--shape", "4x8", "--dtype", "float32", "--direction", "forward", "--dry-run"]
     assert run("tune", *arguments, "--json", str(file)).exit_code == 0
-    names = [name for name, backend in BACKENDS.items() if backend.heuristic(OP, task().work.layout, FORWARD)]
+    names = [name for name, backend in BACKENDS.items() if backend.heuristic(OP, task().work.layout(), FORWARD)]
     assert [row["backend"] for row in json.loads(file.read_text())["rows"]] == names and "reference" not in names
 
 

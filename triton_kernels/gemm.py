@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from .generate import Step, chain_forward
+from .generate import Form, Step, chain_forward, sizes, tile_of, view
 from .platform import INTERPRETED, round_to
 
 _EXACT = tl.constexpr(INTERPRETED)  # the interpreter's product of two bfloat16 is not to be trusted
@@ -75,7 +75,7 @@ import triton.language as tl
 from {package} import stages
 from {package}.gemm import corner, fetch, halves, put
 from {package}.platform import count, number
-from {package}.tile import inside, place, read
+from {package}.tile import inside, place, read, split
 '''
 
 _KERNEL = """@triton.jit
@@ -83,7 +83,8 @@ def finish(sums, y, @VIEWS@first_row, first_column, rows, cols, @OPTIONS@):
     row, column = place(first_row, first_column, sums.shape[0], sums.shape[1])
     if not NARROW:
         row = row.to(tl.int64)
-    mask = inside(row, column, rows, cols, 0, 1)
+    MASK: tl.constexpr = 1
+    total = rows * cols
     in0 = sums
 @READS@    put(y, first_row, first_column, rows, cols, chain_forward(@INPUTS@, BITS), DESCRIPTORS)
 
@@ -122,19 +123,15 @@ def gemm_kernel(
 """
 
 
-def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
-    """Return a chain's file with a `gemm_kernel`; `kinds` (dualop/launch/layout.py) are those of the operands."""
-    numbers = range(1, len(kinds) + 1)
-    views = [f"p{i}, div{i}, mod{i}, stride{i}, outer{i}" for i in numbers]
-    reads = [
-        f"    in{i} = read(p{i}, div{i}, mod{i}, stride{i}, outer{i}, row, column, rows, cols, mask, {kind}, BITS)\n"
-        for i, kind in zip(numbers, kinds, strict=True)
-    ]
-    constants = ("DESCRIPTORS", "NARROW", "BITS")
+def generate(title: str, steps: Sequence[Step], form: Form) -> str:
+    """Return a chain's file with a `gemm_kernel`; `form`: of the product, not read, and the operands."""
+    count = len(form.views)
+    placed = [*(part for i in range(1, count) for part in view(form, i)), *sizes(form)]
+    constants = ("STEP", "DESCRIPTORS", "NARROW", "BITS")
     filled = {
-        "@VIEWS@": "".join(f"{view}, " for view in views),
-        "@READS@": "".join(reads),
-        "@INPUTS@": ", ".join(f"in{i}" for i in (0, *numbers)),
+        "@VIEWS@": "".join(f"{name}, " for name in placed),
+        "@READS@": "".join(f"    {line}\n" for line in tile_of(form, 1)),
+        "@INPUTS@": ", ".join(f"in{i}" for i in range(count)),
         "@OPTIONS@": ", ".join(f"{name}: tl.constexpr" for name in constants),
         "@GIVEN@": ", ".join(constants),
     }
@@ -142,4 +139,4 @@ def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
     for mark, value in filled.items():
         kernel = kernel.replace(mark, value)
     head = _HEAD.format(title=title, package=__name__.rpartition(".")[0])
-    return f"{head}\n\n{chain_forward(steps, len(kinds) + 1)}\n\n\n{kernel}"
+    return f"{head}\n\n{chain_forward(steps, count)}\n\n\n{kernel}"

@@ -11,10 +11,23 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 # A stage as the generator needs it: the function's name, the numbers compiled into it, and for an operand stage what it
 # takes: the number of an input (0 is x), or a float.
 Step = tuple[str, Sequence[float], int | float | None]
+
+# Along what an input varies (2 bits) and how its columns are read, as in dualop/launch/layout.py.
+COLUMN, ROW, FULL, WIDE, NEAR = 1, 2, 3, 2, 3
+
+
+class Form(NamedTuple):
+    """Describe how the inputs of a kernel lie: (kind, access) of each, and the dimensions of its rows and columns."""
+
+    views: tuple[tuple[int, int], ...]
+    rows: int = 1
+    cols: int = 1
+
 
 _HEAD = '''"""{title}: written by dualop, do not edit."""
 
@@ -23,13 +36,14 @@ import triton.language as tl
 
 from {package} import stages
 from {package}.platform import count, let_next_kernel_begin, number, wait_for_kernel_before
-from {package}.tile import add, inside, place, programs, read, write, write_sum, zeros
+from {package}.tile import add, inside, place, programs, read, split, write, write_sum, zeros
 '''
 
 
-def generate(title: str, steps: Sequence[Step], kinds: Sequence[int]) -> str:
-    """Return the file of a chain of `steps` on inputs of `kinds` (dualop/launch/layout.py), x first."""
-    return file(title, chain_forward(steps, len(kinds)), chain_backward(steps, len(kinds)), *kernels(kinds))
+def generate(title: str, steps: Sequence[Step], form: Form) -> str:
+    """Return the file of a chain of `steps` on inputs of this form, x first."""
+    count = len(form.views)
+    return file(title, chain_forward(steps, count), chain_backward(steps, count), *kernels(form))
 
 
 def file(title: str, *functions: str) -> str:
@@ -107,45 +121,95 @@ def _given(inputs: int) -> str:
     return ", ".join(f"in{i}" for i in range(inputs))
 
 
-def kernels(kinds: Sequence[int]) -> tuple[str, str]:
+def sizes(form: Form) -> list[str]:
+    """Return the parameters that divide rows and columns into coordinates: three a dimension, but for the outermost."""
+    dims = [f"row{d}" for d in range(1, form.rows)] + [f"col{d}" for d in range(1, form.cols)]
+    return [f"{dim}_{part}" for dim in dims for part in ("size", "multiplier", "shift")]
+
+
+def view(form: Form, i: int) -> list[str]:
+    """Return the parameters of input i: its pointer, and those of its strides that count."""
+    kind, access = form.views[i]
+    rows = [f"p{i}_row{d}" for d in range(form.rows) if kind & ROW]
+    return [f"p{i}", *rows, *[f"p{i}_col{d}" for d in range(form.cols) if kind & COLUMN and access not in (WIDE, NEAR)]]
+
+
+def coordinates(axis: str, dims: int) -> list[str]:
+    """Return the lines that make the coordinates row0, row1 ... of `row`, or col0 ... of `column`."""
+    short, rest, lines = axis[:3], axis, []
+    for d in range(dims - 1, 0, -1):
+        size = ", ".join(f"{short}{d}_{part}" for part in ("size", "multiplier", "shift"))
+        above = f"{short}0" if d == 1 else f"{short}_above{d}"
+        lines.append(f"{above}, {short}{d} = split({rest}, {size}, NARROW)")
+        rest = above
+    return lines or [f"{short}0 = {axis}"]
+
+
+def value(form: Form, i: int) -> str:
+    """Return the line that reads input i; strides of rows that are read in accesses count these."""
+    kind, access = form.views[i]
+    terms = [f"row{d} * p{i}_row{d}" for d in range(form.rows) if kind & ROW]
+    if kind & ROW and access == WIDE:
+        terms = [f"({' + '.join(terms)}) * STEP"]
+    if kind & COLUMN:
+        terms += ["column"] if access in (WIDE, NEAR) else [f"col{d} * p{i}_col{d}" for d in range(form.cols)]
+    offset = " + ".join(terms or ["tl.zeros([1, 1], tl.int32)"])
+    mask = {FULL: "mask", COLUMN: "col_mask", ROW: "row_mask", 0: "None"}[kind & FULL]
+    return f"in{i} = read(p{i} + {offset}, {mask}, BITS)"
+
+
+def tile_of(form: Form, first: int = 0) -> list[str]:
+    """Return the lines that read the inputs from `first` on at `row` and `column`, where MASK says which there are."""
+    views = form.views[first:]
+    lines = ["row_mask = None", "col_mask = None", "mask = None", "if MASK:"]
+    masks = ("row_mask = row < rows", "col_mask = column < cols", "mask = inside(row, column, rows, cols, total, MASK)")
+    lines += [f"    {mask}" for mask in masks]
+    if any(kind & ROW for kind, _ in views):
+        lines += coordinates("row", form.rows)
+    if any(kind & COLUMN and access not in (WIDE, NEAR) for kind, access in views):
+        lines += coordinates("column", form.cols)
+    # Tensors of the result's size last, read in accesses: Triton lays out a tile as what is read last. In another
+    # layout, of an operand with one value a column, the tile would pass through shared memory on its way.
+    order = sorted(range(len(views)), key=lambda i: (views[i][0] & FULL == FULL, views[i][1] in (WIDE, NEAR)))
+    return lines + [value(form, first + i) for i in order]
+
+
+def kernels(form: Form) -> tuple[str, str]:
     """Return the forward and the backward kernel around a `chain_forward` and a `chain_backward`."""
+    kinds = [kind for kind, _ in form.views]
     count = range(len(kinds))
-    views = ", ".join(f"p{i}, div{i}, mod{i}, stride{i}, outer{i}" for i in count)
-    # Tensors of the result's size last: Triton lays out a tile as what is read last. In another layout, of an operand
-    # with one value a column, the tile would pass through shared memory on its way.
-    reads = [
-        f"in{i} = read(p{i}, div{i}, mod{i}, stride{i}, outer{i}, row, column, rows, cols, mask, {kind}, BITS)"
-        for i, kind in sorted(enumerate(kinds), key=lambda each: each[1] & 3 == 3)
-    ]
+    views = ", ".join(part for i in count for part in view(form, i))
     inputs = _given(len(kinds))
-    # Plain numbers that Triton sees to be multiples of 16, so that it moves 16 bytes at once.
-    shape = "rows, cols, total, steps, row_step, col_step"
-    tile_shape = "BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr"
+    # Plain numbers that Triton sees to be multiples of 16, so that it moves 16 bytes at once; columns and elements are
+    # counted in accesses (STEP elements), which all of them are whole.
+    shape = ", ".join(["rows, cols, total, steps, row_step, col_step", *sizes(form)])
+    tile_shape = "STEP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr"
     options = f"MASK: tl.constexpr, NARROW: tl.constexpr, EARLY: tl.constexpr, {tile_shape}, BITS: tl.constexpr"
     start = [
         "wait_for_kernel_before(EARLY)",
+        "cols = cols * STEP",
+        "total = total * STEP",
         "row_program, col_program = programs(NARROW)",
         "first_row = row_program * BLOCK_ROWS",
         "first_column = col_program * BLOCK_COLS",
     ]
     tile = [
         "row, column = place(first_row + step * row_step, first_column + step * col_step, BLOCK_ROWS, BLOCK_COLS)",
-        "mask = None",
-        "if MASK:",
-        "    mask = inside(row, column, rows, cols, total, MASK)",
-        *reads,
+        *tile_of(form),
     ]
-    whole = [kind & 3 == 3 for kind in kinds]
+    whole = [kind & FULL == FULL for kind in kinds]
     sums = [f"sum{i} = zeros(BLOCK_ROWS, BLOCK_COLS, BITS)" for i in count if not whole[i]]
     gradients = ", ".join(f"d{i}" for i in count)
-    gather, finish = [], []
+    gather, finish, numbers, constants = [], [], [], []
     for i, kind in enumerate(kinds):
         if whole[i]:
             gather += [f"if NEEDS & {1 << i}:", f"    write(g{i}, row * cols + column, d{i}, mask)"]
-        else:
-            gather += [f"if NEEDS & {1 << i}:", f"    sum{i} = add(sum{i}, d{i}, mask)"]
-            where = "row, column, rows, cols, row_program, col_program"
-            finish += [f"if NEEDS & {1 << i}:", f"    write_sum(g{i}, sum{i}, {where}, {kind})"]
+            continue
+        gather += [f"if NEEDS & {1 << i}:", f"    sum{i} = add(sum{i}, d{i}, mask)"]
+        numbers += [f"segment{i}", f"slots{i}"]
+        constants.append(f"SEGMENTS{i}: tl.constexpr")
+        where = f"row, column, rows, cols, row_program, col_program, segment{i}, slots{i}"
+        finish += [f"if NEEDS & {1 << i}:", f"    write_sum(g{i}, sum{i}, {where}, {kind}, SEGMENTS{i})"]
     if finish:
         finish.insert(0, "row, column = place(first_row, first_column, BLOCK_ROWS, BLOCK_COLS)")
     outs = ", ".join(f"g{i}" for i in count)
@@ -159,12 +223,12 @@ def kernels(kinds: Sequence[int]) -> tuple[str, str]:
         f"    write(y, row * cols + column, chain_forward({inputs}, BITS), mask)",
     ), function(
         "backward_kernel",
-        f"gy, {outs}, {views}, {shape}, {more}, {options}",
+        ", ".join(["gy", outs, views, shape, *numbers, more, *constants, options]),
         *start,
         *sums,
         "for step in tl.range(0, count(steps), num_stages=STAGES):",
         *(f"    {line}" for line in tile),
-        "    gradient = read(gy, 1, 1, cols, 0, row, column, rows, cols, mask, 3, BITS)",
+        "    gradient = read(gy + row * cols + column, mask, BITS)",
         f"    {gradients} = chain_backward({inputs}, gradient, BITS)",
         *(f"    {line}" for line in gather),
         "let_next_kernel_begin(EARLY)",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from .generate import Step, call, file, function, gradient, inner, kernels
+from .generate import Form, Step, call, file, function, gradient, inner, kernels
 
 
-def generate(title: str, steps: Sequence[Step], curved: Collection[str], kinds: Sequence[int]) -> str:
-    """Return the file. `curved`: functions with a second derivative; `kinds` (dualop/launch/layout.py): of x, gy."""
-    return file(title, _chain(steps, curved), kernels(kinds)[1])
+def generate(title: str, steps: Sequence[Step], curved: Collection[str], form: Form) -> str:
+    """Return the file. `curved`: functions with a second derivative; `form`: how x and gy lie."""
+    return file(title, _chain(steps, curved), kernels(form)[1])
 
 
 def _chain(steps: Sequence[Step], curved: Collection[str]) -> str:

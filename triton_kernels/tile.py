@@ -1,8 +1,9 @@
 """Read and write a program's tile: its rows and columns, and how inputs and gradients lie there.
 
-At row r and column c an input's element is data[(r // div % mod) * row_stride + r // (div * mod) * outer_stride + c];
-its KIND says which terms there are (1: the column, 2: the row, 4: with div and mod, 8: with mod and outer_stride).
-`cuda/view.cuh` does the same for the threads of a block.
+At row r and column c an input's element is
+    data[sum of row strides * (coordinates of r) + sum of column strides * (coordinates of c)]
+where the coordinates are those of r within the rows' sizes and of c within the columns' (dualop/launch/layout.py).
+`generate.py` writes the sums for each input; `cuda/view.cuh` does the same for the threads of a block.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from .platform import count, let_next_kernel_begin, round_to, wait_for_kernel_be
 
 COLUMN = tl.constexpr(1)
 ROW = tl.constexpr(2)
-WRAP = tl.constexpr(4)
-SPLIT = tl.constexpr(8)
 
 
 @triton.jit
@@ -39,9 +38,9 @@ def place(first_row, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.cons
 
 @triton.jit
 def inside(row, column, rows, cols, total, MASK: tl.constexpr):
-    """Which elements there are. MASK: 2 in a folded layout, whose last row is short; 0, with no mask, where all are."""
+    """Which elements there are. MASK: 2 where the last row is short; 0, with no mask, where all are."""
     if MASK == 2:
-        return row * cols + column < total
+        return (column < cols) & (row * cols + column < total)
     else:
         return (row < rows) & (column < cols)
 
@@ -55,24 +54,19 @@ def load(pointers, mask):
 
 
 @triton.jit
-def read(
-    pointer, div, mod, row_stride, outer_stride, row, column, rows, cols, mask, KIND: tl.constexpr, BITS: tl.constexpr
-):
+def split(i, size, multiplier, shift, NARROW: tl.constexpr):
+    """Return i // size and i % size; below 2^31 by a multiplication (`Divisor` in cuda/view.cuh)."""
+    if NARROW:
+        above = (tl.umulhi(i.to(tl.uint32), multiplier.to(tl.uint32)) >> shift).to(tl.int32)
+    else:
+        above = i // size
+    return above, i - above * size
+
+
+@triton.jit
+def read(pointers, mask, BITS: tl.constexpr):
     """Return an input's values: [rows, columns], or 1 in place of a dimension that it does not vary along."""
-    if WRAP & KIND:
-        row_offset = (row // div % mod) * row_stride
-    elif SPLIT & KIND:
-        row_offset = row // mod * outer_stride + row % mod * row_stride
-    else:
-        row_offset = row * row_stride
-    if KIND & 3 == 3:
-        value = load(pointer + row_offset + column, mask)
-    elif COLUMN & KIND:
-        value = tl.load(pointer + column, column < cols, other=0.0)
-    elif ROW & KIND:
-        value = tl.load(pointer + row_offset, row < rows, other=0.0)
-    else:
-        value = tl.load(pointer + tl.zeros([1, 1], tl.int32))
+    value = load(pointers, mask)
     if BITS == 53:
         return value.to(tl.float64)
     else:
@@ -99,10 +93,42 @@ def add(sums, gradient, mask):
 
 
 @triton.jit
-def write_sum(pointer, sums, row, column, rows, cols, row_program, col_program, KIND: tl.constexpr):
-    """Leave a program's partial sums where the sum kernel finds them, or the gradient where it has all of a sum."""
+def write_sum(
+    pointer,
+    sums,
+    row,
+    column,
+    rows,
+    cols,
+    row_program,
+    col_program,
+    segment,
+    slots,
+    KIND: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Leave a program's partial sums where they are added up, or the gradient where it has all of a sum.
+
+    If SEGMENTS, so many segments of columns, each of which has one sum, may lie in the program's columns. A segment has
+    a slot for each program that may have a part of it; who has its end fills what may be one more with zero.
+    """
     if COLUMN & KIND:
-        write(pointer, row_program * cols + column, tl.sum(sums, axis=0, keep_dims=True), column < cols)
+        total = tl.sum(sums, axis=0, keep_dims=True)
+        if SEGMENTS:
+            WIDTH: tl.constexpr = sums.shape[1]
+            first = col_program * WIDTH
+            end = tl.minimum(first + WIDTH, cols)
+            which = first // segment + tl.arange(0, SEGMENTS)[:, None]
+            begin = which * segment
+            part = tl.sum(tl.where((column >= begin) & (column < begin + segment), total, 0.0), axis=1, keep_dims=True)
+            slot = col_program - begin // WIDTH
+            place = (row_program * (cols // segment) + which) * slots + slot
+            write(pointer, place, part, begin < end)
+            write(
+                pointer, place + 1, tl.zeros_like(part), (begin < end) & (begin + segment <= end) & (slot + 1 < slots)
+            )
+        else:
+            write(pointer, row_program * cols + column, total, column < cols)
     elif ROW & KIND:
         place = row * tl.num_programs(0) + col_program
         write(pointer, place, tl.sum(sums, axis=1, keep_dims=True), row < rows)
@@ -133,7 +159,7 @@ def sum_kernel(
     # Several blocks of terms are under way at once: it is their latency that counts.
     for start in tl.range(0, count(outer * inner), BLOCK_TERMS, num_stages=4):
         t = start + term
-        if COLUMNS:  # [outer, 1, 1, columns]: no division
+        if COLUMNS:  # one that is kept: no division
             offset = t * columns + output
         else:
             k = output // columns

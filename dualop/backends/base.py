@@ -18,7 +18,7 @@ from dualop.backends.functions import lacking
 from dualop.backends.mode import CPU_REASON, INTERPRET
 from dualop.language.slopes import Slope
 from dualop.language.syntax import Chain
-from dualop.launch import tuning
+from dualop.launch import sums, tuning
 from dualop.launch.checks import device_of
 from dualop.launch.grid import Cut, Grid
 from dualop.launch.layout import Layout, layout_of
@@ -188,7 +188,7 @@ class GpuBackend(Backend):
         needs: Sequence[bool],
         cut: Cut | None = None,
     ) -> list[Tensor]:
-        tensors, layout = (x, *operands), layout_of(x, operands)
+        tensors, layout = (x, *operands), layout_of(x, operands, needs)
         if not layout.total:
             return [layout.like(t).zero_() for t, need in zip(tensors, needs, strict=True) if need]
         inputs = _readable(layout, tensors)
@@ -196,9 +196,7 @@ class GpuBackend(Backend):
             gy = layout.output().copy_(gy)
         launch = self.launch(chain, layout, tuple(needs), cut, (gy, *inputs))
         grid = launch.grid
-        partials = [
-            layout.partial(i, grid.row_programs, grid.col_programs) if need else None for i, need in enumerate(needs)
-        ]
+        partials = [sums.partial(layout, i, grid) if need else None for i, need in enumerate(needs)]
         gradients = [
             layout.gradient(i, t) if need and not view.expanded else None
             for i, (t, need, view) in enumerate(zip(tensors, needs, layout.views, strict=True))
@@ -215,4 +213,4 @@ class GpuBackend(Backend):
 
 
 def _readable(layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [layout.readable(i, t) for i, t in enumerate(tensors)]
+    return [layout.readable(t) for t in tensors]

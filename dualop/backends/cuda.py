@@ -1,7 +1,8 @@
 """Define the CUDA backend: it has a chain's kernels from `cuda/` compiled by load_inline, and calls them by ctypes.
 
-A library is compiled for a chain, the result's dtype and the inputs' dtypes and kinds (dualop/launch/layout.py). Its
-launchers take one block of 8-byte words, those of `LaunchWords` and of a `ViewWords` for each input.
+A library is compiled for a chain and a `Signature`: what the layout of a call (dualop/launch/layout.py) and the
+alignment of its tensors ask of the code. Its launchers take one block of 8-byte words, those of `LaunchWords`, a
+`divisor` for each dimension and for each input a `ViewWords` with its strides.
 """
 
 from __future__ import annotations
@@ -24,9 +25,23 @@ from dualop.errors import BackendUnavailable
 from dualop.language.program import Step, curved, steps
 from dualop.language.slopes import Slope, is_slope
 from dualop.language.syntax import Chain
-from dualop.launch import tuning
-from dualop.launch.grid import Cut, Grid, Tall, backward_grid, ceil_div, forward_grid, multiprocessors, power_of_two
-from dualop.launch.layout import COLUMN, DTYPES, FULL, ROW, SPLIT, WRAP, Layout, View, layout_of
+from dualop.launch import sums, tuning
+from dualop.launch.grid import Cut, Grid, Tall, backward_grid, by_elements, forward_grid, multiprocessors, side_by_side
+from dualop.launch.layout import (
+    ACCESS,
+    COLUMN,
+    DTYPES,
+    EACH,
+    FULL,
+    NEAR,
+    ONE,
+    ROW,
+    SHARED,
+    WIDE,
+    Layout,
+    divisor,
+    layout_of,
+)
 from dualop.replay.record import Word, launched, number
 
 C_TYPES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "double"}
@@ -38,8 +53,8 @@ FORWARD = {
     torch.float64: Cut(rows=1, threads=128, across=128, resident=1),
 }
 BACKWARD = {
-    **dict.fromkeys(DTYPES, Cut(rows=2, threads=256, across=32, resident=4)),
-    torch.float64: Cut(rows=2, threads=256, across=32, resident=1),
+    **dict.fromkeys(DTYPES, Cut(rows=2, threads=256, across=32, resident=4, least=4)),
+    torch.float64: Cut(rows=2, threads=256, across=32, resident=1, least=4),
 }
 TALL = dict.fromkeys(DTYPES, Tall(bytes=32, tiles=2))
 
@@ -51,8 +66,30 @@ SPACE = tuning.Space(
 
 _missing_tools = lru_cache(maxsize=2)(toolchain.missing_tools)
 
-# The result's dtype, the inputs' dtypes and kinds, and whether 32 bits hold every index.
-Signature = tuple[torch.dtype, tuple[tuple[torch.dtype, int], ...], bool]
+
+class Placed(NamedTuple):
+    """Describe how a tensor lies: its dtype, along what it varies, and how its columns are read."""
+
+    dtype: torch.dtype
+    kind: int
+    access: int
+
+
+class Signature(NamedTuple):
+    """Hold what is compiled in of a call's layout: the result (and gy) and the inputs, and the form of the whole.
+
+    `rows` and `cols` count the dimensions of the rows and the columns; `ragged`: the last access to the result is not
+    a whole one; `narrow`: 32 bits hold every index.
+    """
+
+    result: Placed
+    inputs: tuple[Placed, ...]
+    rows: int = 1
+    cols: int = 1
+    ragged: bool = False
+    narrow: bool = True
+
+
 Cuts = tuple[Cut, Cut]  # of the forward and the backward kernel
 
 
@@ -62,20 +99,21 @@ def source(chain: Chain | Slope, signature: Signature, host: bool, cuts: Cuts | 
     The rows and the registers of `cuts`, by default the heuristic's, are compiled in; a launch passes the threads. A
     slope has a library of its own, so that a chain which nobody differentiates twice is not compiled for it.
     """
-    dtype, inputs, narrow = signature
-    index = "int" if narrow else "long long"
+    index = "int" if signature.narrow else "long long"
     sloped = is_slope(chain)
     form, header, exported = (
         ("Slope", "second.cuh", "DUALOP_SLOPE_LIBRARY") if sloped else ("Chain", "library.cuh", "DUALOP_LIBRARY")
     )
     bent = curved(chain) if is_slope(chain) else frozenset[str]()
     stages = ",\n    ".join(_stage(step, step.function in bent) for step in steps(chain))
-    kinds = "".join(f", Input<{C_TYPES[t]}, {_kind(kind)}>" for t, kind in inputs)
-    compiled = ", ".join(f"Cut<{c.rows}, {c.resident}>" for c in cuts or _untuned(chain, dtype, len(inputs)))
+    tensors = ", ".join(map(_input, (signature.result, *signature.inputs)))
+    form_of = f"Form<{signature.rows}, {signature.cols}, {'true' if signature.ragged else 'false'}>"
+    cuts = cuts or _untuned(chain, signature.result.dtype, len(signature.inputs))
+    compiled = ", ".join(f"Cut<{c.rows}, {c.resident}>" for c in cuts)
     return (
         f"namespace dualop {{ using index_t = {index}; }}\n{cuda_header(header, host)}\n"
         f"// {chain}\nnamespace dualop {{\nusing TheChain = {form}<\n    {stages}>;\n"
-        f"using TheProblem = Problem<TheChain, {compiled}, {C_TYPES[dtype]}{kinds}>;\n}}\n"
+        f"using TheProblem = Problem<TheChain, {compiled}, {form_of},\n    {tensors}>;\n}}\n"
         f"{exported}(dualop::TheProblem)\n"
     )
 
@@ -98,10 +136,10 @@ def _number(value: float) -> str:
     return f"number({value.hex()})"
 
 
-def _kind(kind: int) -> str:
-    names = ("FULL",) if kind & FULL == FULL else tuple(n for n, b in (("COLUMN", COLUMN), ("ROW", ROW)) if kind & b)
-    more = tuple(n for n, b in (("WRAP", WRAP), ("SPLIT", SPLIT)) if kind & b)
-    return " | ".join((*names, *more)) or "0"
+def _input(placed: Placed) -> str:
+    kind = {0: "0", COLUMN: "COLUMN", ROW: "ROW", FULL: "FULL", FULL | SHARED: "FULL | SHARED"}[placed.kind]
+    access = {EACH: "EACH", ONE: "ONE", WIDE: "WIDE", NEAR: "NEAR"}[placed.access]
+    return f"Input<{C_TYPES[placed.dtype]}, {kind}, {access}>"
 
 
 def _untuned(chain: Chain | Slope, dtype: torch.dtype, inputs: int) -> Cuts:
@@ -118,30 +156,36 @@ def _build(chain: Chain | Slope, signature: Signature, device: torch.device, cut
     return build.Build("host" if host else "cuda", source(chain, signature, host, cuts), host, arch)
 
 
-def _signature(layout: Layout, dtypes: Iterable[torch.dtype]) -> Signature:
-    return layout.dtype, tuple((t, view.kind) for t, view in zip(dtypes, layout.views, strict=True)), layout.narrow
+def _signature(layout: Layout, dtypes: Sequence[torch.dtype], aligned: Sequence[bool]) -> Signature:
+    """Return the signature of a call; `aligned` says of gy or y and of each input whether its data are."""
+    access = lambda view, fits: NEAR if view.access == WIDE and not fits else view.access
+    inputs = zip(dtypes, layout.views, aligned[1:], strict=True)
+    return Signature(
+        Placed(layout.dtype, FULL, WIDE if aligned[0] else NEAR),
+        tuple(Placed(dtype, view.kind, access(view, fits)) for dtype, view, fits in inputs),
+        len(layout.row_sizes),
+        len(layout.col_sizes),
+        layout.ragged,
+        layout.narrow,
+    )
 
 
 class ViewWords(NamedTuple):
-    """Hold one input of a launch, in the order of `View` in cuda/view.cuh."""
+    """Hold one input of a launch, in the order of `View` in cuda/view.cuh; its strides follow."""
 
     data: Word
-    div: int
-    mod: int
-    row_stride: int
-    outer_stride: int
     gradient: Word = None
     sum: Word = None
     outer: int = 0
     kept: int = 0
     inner: int = 0
     columns: int = 0
+    segment: int = 0
 
 
 class LaunchWords(NamedTuple):
-    """Hold a launch, in the order of `Launch` in cuda/library.cuh; the words of each input's view follow."""
+    """Hold a launch, in the order of `Launch` in cuda/library.cuh; sizes and the inputs' views follow."""
 
-    vector: int
     grid_x: int
     grid_y: int
     grid_z: int
@@ -159,17 +203,15 @@ class LaunchWords(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """Describe a kernel's launch, except for the addresses. `vector`: accesses are of 16 bytes, not of one element."""
+    """Describe a kernel's launch, except for the addresses."""
 
     library: ctypes.CDLL
     layout: Layout
     grid: Grid
     block: tuple[int, int]
-    vector: bool
 
     def forward(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
-        views = [ViewWords(t, *_walk(view)) for view, t in zip(self.layout.views, inputs, strict=True)]
-        self._run(self.library.dualop_forward, y, None, views)
+        self._run(self.library.dualop_forward, y, None, [ViewWords(t) for t in inputs])
 
     def backward(
         self,
@@ -178,11 +220,11 @@ class Launch:
         partials: Sequence[Tensor | None],
         gradients: Sequence[Tensor | None],
     ) -> None:
-        sizes = self.layout.rows, self.layout.cols, self.grid.row_programs, self.grid.col_programs
         views = []
-        for view, tensor, gradient, partial in zip(self.layout.views, inputs, gradients, partials, strict=True):
-            to, total = (gradient, None) if partial is None else (partial, gradient)
-            views.append(ViewWords(tensor, *_walk(view), to, total, *view.sum_shape(*sizes)))
+        for i, (tensor, gradient, left) in enumerate(zip(inputs, gradients, partials, strict=True)):
+            to, total = (gradient, None) if left is None else (left, gradient)
+            shape = sums.sum_shape(self.layout, i, self.grid)
+            views.append(ViewWords(tensor, to, total, *shape, sums.segment(self.layout, i)))
         self._run(self.library.dualop_backward, None, gy, views)
 
     def _run(self, launcher: Any, y: Word, gy: Word, views: Sequence[ViewWords]) -> None:
@@ -192,8 +234,11 @@ class Launch:
         with torch.cuda.device(device) if away else nullcontext():
             stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
             walk = (layout.cols, layout.total, grid.steps, grid.row_step, grid.col_step)
-            head = LaunchWords(self.vector, *grid.axes, *self.block, stream, *walk, y, gy)
-            words = [*head, *(word for view in views for word in view)]
+            words: list[Word] = [*LaunchWords(*grid.axes, *self.block, stream, *walk, y, gy)]
+            for sizes in (layout.row_sizes, layout.col_sizes):  # by the outermost nothing is divided
+                words += [sizes[0], 0, 0, *(word for size in sizes[1:] for word in divisor(size))]
+            for own, view in zip(views, layout.views, strict=True):
+                words += [*own, *view.row_strides, *view.col_strides]
             launched(launcher, words, LaunchWords._fields.index("stream"))
             error = launcher(struct.pack(f"={len(words)}q", *map(number, words)))
         if error:
@@ -207,25 +252,22 @@ def _launch(
     layout: Layout,
     dtypes: tuple[torch.dtype, ...],
     direction: str,
-    vector: bool,
+    aligned: tuple[bool, ...],
     given: Cut | None = None,
 ) -> Launch:
     """Return the launch of one direction's kernel for inputs of these dtypes."""
     cuts = _cuts(chain, layout, () if given is None else ((direction, given),))
     backward = direction == "backward"
-    width = 16 // layout.dtype.itemsize if vector else 1
     cut = cuts[backward]
-    across = cut.across if vector else max(cut.across, 32)  # tall tiles are narrow in accesses of 16 bytes only
-    x = min(across, power_of_two(ceil_div(layout.cols, width)))
+    x = side_by_side(cut, layout)
     y = cut.threads // x
-    tile = (y * cut.rows, x * width)
+    tile = (y * cut.rows, x * layout.width)
     if backward:
         grid = backward_grid(layout, *tile, multiprocessors(layout.device), cut)
     else:
         grid = forward_grid(layout, *tile)
-    return Launch(
-        _library(_build(chain, _signature(layout, dtypes), layout.device, cuts)), layout, grid, (x, y), vector
-    )
+    library = _library(_build(chain, _signature(layout, dtypes, aligned), layout.device, cuts))
+    return Launch(library, layout, grid, (x, y))
 
 
 @lru_cache(maxsize=1024)
@@ -249,16 +291,21 @@ class Cuda(GpuBackend):
         return _missing_tools(host)
 
     def source(self, chain: Chain | Slope) -> str:
-        return source(chain, (torch.float32, _plain_inputs(chain), True), host=False)
+        vector = Placed(torch.float32, COLUMN, WIDE)
+        x = Placed(torch.float32, FULL, WIDE)
+        return source(chain, Signature(x, (x, *[vector] * len(chain.operands))), host=False)
 
     def launch(
         self, chain: Chain | Slope, layout: Layout, needs: Needs, cut: Cut | None, tensors: Sequence[Tensor]
     ) -> Launch:
         direction = "forward" if needs is None else "backward"
-        return _launch(chain, layout, tuple(t.dtype for t in tensors[1:]), direction, _aligned(layout, tensors), cut)
+        aligned = tuple(t.data_ptr() % min(ACCESS, layout.width * t.itemsize) == 0 for t in tensors)
+        return _launch(chain, layout, tuple(t.dtype for t in tensors[1:]), direction, aligned, cut)
 
     def heuristic(self, chain: Chain | Slope, layout: Layout, direction: str) -> Cut:
         forward, backward = _untuned(chain, layout.dtype, len(layout.views))
+        if direction == "forward" and by_elements(layout):
+            return replace(forward, rows=4, resident=min(forward.resident, 4))
         if direction == "forward":
             return forward
         return TALL[layout.dtype].fitted(backward, layout, multiprocessors(layout.device))
@@ -270,10 +317,14 @@ class Cuda(GpuBackend):
         """
         wanted: dict[build.Build, None] = {}
         for call in calls:
-            layout = layout_of(call.tensors[0], call.tensors[1:], call.device)
-            signature = _signature(layout, [t.dtype for t in call.tensors])
-            cuts = _cuts(call.chain, layout, call.cuts)
-            wanted[_build(call.chain, signature, call.device, cuts)] = None
+            x, *operands = call.tensors
+            aligned = [True] * (1 + len(call.tensors))
+            for direction in call.directions:
+                needs = None if direction == "forward" else call.needs or (True,) * len(call.tensors)
+                layout = layout_of(x, operands, needs, device=call.device)
+                signature = _signature(layout, [t.dtype for t in call.tensors], aligned)
+                cuts = _cuts(call.chain, layout, call.cuts)
+                wanted[_build(call.chain, signature, call.device, cuts)] = None
         missing = [(one,) for one in wanted if one.try_load() is None]
         pool.each(build.Build.build, missing, len(missing), progress)
 
@@ -287,23 +338,3 @@ def _cuts(chain: Chain | Slope, layout: Layout, given: tuple[tuple[str, Cut], ..
     """Return the cuts of both kernels, which are in one library: the given ones, or those that were chosen."""
     chosen = lambda way: Cuda().chosen(chain, layout, way, dict(given).get(way))
     return chosen("forward"), chosen("backward")
-
-
-def _walk(view: View) -> tuple[int, int, int, int]:
-    return view.div, view.mod, view.row_stride, view.outer_stride
-
-
-def _plain_inputs(chain: Chain | Slope) -> tuple[tuple[torch.dtype, int], ...]:
-    return ((torch.float32, FULL), *[(torch.float32, COLUMN)] * len(chain.operands))
-
-
-def _aligned(layout: Layout, tensors: Sequence[Tensor]) -> bool:
-    """Return True if all rows of all tensors start at multiples of 16 bytes: then every access may be that wide."""
-    wide = 16 // layout.dtype.itemsize
-    if layout.cols % wide or layout.total % wide:
-        return False
-    for tensor in tensors:
-        if tensor.data_ptr() % 16:
-            return False
-    whole = [view for view in layout.views if view.kind & FULL == FULL]
-    return all(view.row_stride % wide == view.outer_stride % wide == 0 for view in whole)

@@ -24,9 +24,22 @@ from dualop.build.generated import imported
 from dualop.language.program import curved, steps
 from dualop.language.slopes import Slope, is_slope
 from dualop.language.syntax import Chain
-from dualop.launch import tuning
-from dualop.launch.grid import Cut, Grid, Tall, backward_grid, forward_grid, multiprocessors, power_of_two
-from dualop.launch.layout import COLUMN, DTYPES, FULL, Layout, layout_of
+from dualop.launch import sums, tuning
+from dualop.launch.grid import (
+    TILES,
+    Cut,
+    Grid,
+    Tall,
+    backward_grid,
+    by_elements,
+    ceil_div,
+    forward_grid,
+    multiprocessors,
+    power_of_two,
+    side_by_side,
+    summed,
+)
+from dualop.launch.layout import COLUMN, DTYPES, FULL, NEAR, ONE, ROW, WIDE, Layout, SumShape, View, divisor, layout_of
 from dualop.replay.triton import launched
 
 # As in the CUDA backend, except that the compiler chooses the registers.
@@ -35,6 +48,8 @@ FORWARD = {
     torch.float32: Cut(rows=2, threads=128, across=128, resident=1),
 }
 BACKWARD = dict.fromkeys(DTYPES, Cut(rows=4, threads=128, across=32, resident=1, least=4))
+# The same in 16 bits where there are too few tiles for that: more and smaller programs.
+MEDIUM = Cut(rows=2, threads=64, across=32, resident=1, least=8)
 # More tiles than in CUDA, since loads are pipelined.
 TALL = {
     **dict.fromkeys(DTYPES, Tall(bytes=64, tiles=8, rows=4)),
@@ -57,21 +72,58 @@ MOST_PROCESSES = 12  # that compile kernels: each has a CUDA context and one cal
 OPTIONS = {} if INTERPRET else {"enable_fp_fusion": True}
 
 
-def source(chain: Chain | Slope, kinds: Sequence[int]) -> str:
-    """Return the text of the chain's file for inputs of these kinds (dualop/launch/layout.py), x first."""
+# (kind, access) of each input, x first, and the numbers of dimensions of the rows and of the columns.
+Form = tuple[tuple[tuple[int, int], ...], int, int]
+
+
+def form_of(layout: Layout) -> Form:
+    """Return what a chain's file depends on of a layout."""
+    return tuple((v.kind, v.access) for v in layout.views), len(layout.row_sizes), len(layout.col_sizes)
+
+
+def source(chain: Chain | Slope, form: Form) -> str:
+    """Return the text of the chain's file for a layout of this form."""
     with locks.brief:  # the first time it imports triton
         from dualop.triton_kernels import generate, slope
 
     title, stages = str(chain).replace('"', "'"), steps(chain)
     if is_slope(chain):
-        return slope.generate(title, stages, curved(chain), kinds)
-    return generate.generate(title, stages, kinds)
+        return slope.generate(title, stages, curved(chain), generate.Form(*form))
+    return generate.generate(title, stages, generate.Form(*form))
 
 
 @lru_cache(maxsize=1024)
-def _module(chain: Chain | Slope, kinds: tuple[int, ...]) -> ModuleType:
+def _module(chain: Chain | Slope, form: Form) -> ModuleType:
     """Write the chain's file to the cache under a name of its content, where Triton reads it, and import it."""
-    return imported(source(chain, kinds))
+    return imported(source(chain, form))
+
+
+def divisors(sizes: Sequence[int]) -> list[int]:
+    """Return the words for all sizes but the outermost (`divisor` in dualop/launch/layout.py), as 32 signed bits."""
+    words = [divisor(size) for size in sizes[1:]]
+    return [word for size, multiplier, shift in words for word in (size, multiplier - (1 << 32), shift)]
+
+
+def strides(view: View, step: int) -> list[int]:
+    """Return the strides of a view that its kernel takes: of rows in accesses of `step` elements where it has them."""
+    rows = view.row_strides if view.kind & ROW else ()
+    if view.access == WIDE:
+        return [s // step for s in rows]
+    return [*rows, *(view.col_strides if view.kind & COLUMN and view.access != NEAR else ())]
+
+
+def backward_cut(layout: Layout, sloped: bool, multiprocessors: int) -> Cut:
+    """Return how a backward kernel, of a chain or of a slope, is cut for a GPU with so many SMs."""
+    if not any(view.reduced for view in layout.views):
+        cut = (SLOPE if sloped else FORWARD)[layout.dtype]
+    else:
+        cut = BACKWARD[layout.dtype]
+        tile_rows, tile_cols = _tile(layout, cut)
+        tiles = ceil_div(layout.rows, tile_rows) * ceil_div(layout.cols, tile_cols)
+        few = tiles // TILES < cut.least * multiprocessors
+        if layout.dtype.itemsize == 2 and summed(layout) == {COLUMN} and len(layout.col_sizes) == 1 and few:
+            cut = MEDIUM
+    return TALL[layout.dtype].fitted(cut, layout, multiprocessors)
 
 
 class Triton(GpuBackend):
@@ -85,7 +137,7 @@ class Triton(GpuBackend):
         return _missing()
 
     def source(self, chain: Chain | Slope) -> str:
-        return source(chain, (FULL, *[COLUMN] * len(chain.operands)))
+        return source(chain, (((FULL, WIDE), *[(COLUMN, WIDE)] * len(chain.operands)), 1, 1))
 
     def launch(
         self, chain: Chain | Slope, layout: Layout, needs: Needs, cut: Cut | None, tensors: Sequence[Tensor]
@@ -93,11 +145,13 @@ class Triton(GpuBackend):
         return _launch(chain, layout, needs, cut)
 
     def heuristic(self, chain: Chain | Slope, layout: Layout, direction: str) -> Cut:
-        reduced = direction == "backward" and any(view.reduced for view in layout.views)
-        cut = (BACKWARD if reduced else SLOPE if is_slope(chain) else FORWARD)[layout.dtype]
-        if direction == "forward":
-            return cut
-        return TALL[layout.dtype].fitted(cut, layout, multiprocessors(layout.device))
+        if direction == "backward":
+            return backward_cut(layout, is_slope(chain), multiprocessors(layout.device))
+        cut = FORWARD[layout.dtype]
+        # Several rows share what is read by elements, or where that is not aligned, hide the wait for it.
+        if by_elements(layout, also=ONE):
+            return replace(cut, rows=4)
+        return replace(cut, rows=2) if any(view.access == NEAR for view in layout.views) else cut
 
     def prepare(self, calls: Iterable[Planned], progress: Progress = lambda done, total: None) -> None:
         """Launch each call once on tensors of zeros, in processes of their own; the interpreter compiles nothing.
@@ -166,7 +220,7 @@ class Launch:
     kernel: Any  # with its grid
     layout: Layout
     grid: Grid
-    walks: tuple[tuple[int, ...], ...]  # where the elements of each input lie
+    walks: tuple[tuple[int, ...], ...]  # the strides of each input
     numbers: dict[str, Any]
 
     def forward(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -182,10 +236,9 @@ class Launch:
         # A gradient that nobody wants is not written; gy stands in for its pointer.
         written = [next((t for t in pair if t is not None), gy) for pair in zip(partials, gradients, strict=True)]
         self((gy, *written), inputs)
-        sizes = (self.layout.rows, self.layout.cols, self.grid.row_programs, self.grid.col_programs)
-        for view, partial, gradient in zip(self.layout.views, partials, gradients, strict=True):
+        for i, (partial, gradient) in enumerate(zip(partials, gradients, strict=True)):
             if partial is not None and gradient is not None:
-                _sum(partial, gradient, view.sum_shape(*sizes), self.layout.device)
+                _sum(partial, gradient, sums.sum_shape(self.layout, i, self.grid), self.layout.device)
 
     def __call__(self, pointers: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         views = [part for tensor, walk in zip(inputs, self.walks, strict=True) for part in (tensor, *walk)]
@@ -198,8 +251,9 @@ class Launch:
 def _launch(chain: Chain | Slope, layout: Layout, needs: tuple[bool, ...] | None, given: Cut | None = None) -> Launch:
     """Return the launch of the forward kernel, or of the backward kernel with these gradients."""
     device = layout.device
-    module = _module(chain, tuple(view.kind for view in layout.views))
-    walks = tuple((view.div, view.mod, view.row_stride, view.outer_stride) for view in layout.views)
+    module = _module(chain, form_of(layout))
+    step = 1 if layout.ragged else layout.width
+    walks = tuple(tuple(strides(view, step)) for view in layout.views)
     direction = "forward" if needs is None else "backward"
     cut = TRITON.chosen(chain, layout, direction, given)
     if needs is None:
@@ -209,16 +263,19 @@ def _launch(chain: Chain | Slope, layout: Layout, needs: tuple[bool, ...] | None
         kernel, grid = module.backward_kernel, backward_grid(layout, *_tile(layout, cut), multiprocessors(device), cut)
         mask = sum(1 << i for i, need in enumerate(needs) if need)
         own = {"NEEDS": mask, "STAGES": _stages(layout, grid, _shared(device)), "BITS": layout.gradient_bits}
+        own |= _segments(layout, grid)
     numbers = {
         "rows": layout.rows,
-        "cols": layout.cols,
-        "total": layout.total,
+        "cols": layout.cols // step,
+        "total": layout.total // step,
         "steps": grid.steps,
         "row_step": grid.row_step,
         "col_step": grid.col_step,
+        **dict(zip(_names(layout), (*divisors(layout.row_sizes), *divisors(layout.col_sizes)), strict=True)),
         "MASK": _mask(layout, grid),
         "NARROW": layout.narrow,
         "EARLY": _early(device),
+        "STEP": step,
         "BLOCK_ROWS": grid.tile_rows,
         "BLOCK_COLS": grid.tile_cols,
         **own,
@@ -227,10 +284,27 @@ def _launch(chain: Chain | Slope, layout: Layout, needs: tuple[bool, ...] | None
     return Launch(kernel[grid.axes], layout, grid, walks, numbers)
 
 
+def _segments(layout: Layout, grid: Grid) -> dict[str, int]:
+    """Return what a backward kernel takes for each sum: the columns of a segment, its slots, how many it may meet."""
+    named: dict[str, int] = {}
+    for i, view in enumerate(layout.views):
+        if view.kind & FULL != FULL:
+            own = sums.segment(layout, i)
+            named |= {f"segment{i}": own, f"slots{i}": sums.slots(own, grid) if own else 1}
+            named[f"SEGMENTS{i}"] = power_of_two((grid.tile_cols - 1) // own + 2) if own else 0
+    return named
+
+
+def _names(layout: Layout) -> list[str]:
+    from dualop.triton_kernels import generate
+
+    return generate.sizes(generate.Form(*form_of(layout)))
+
+
 def _tile(layout: Layout, cut: Cut) -> tuple[int, int]:
     """Return rows and columns of a tile: threads lie side by side with 16 bytes each, as far as there are columns."""
     wide = 16 // layout.dtype.itemsize
-    columns = min(power_of_two(layout.cols), cut.across * wide)
+    columns = side_by_side(cut, layout) * wide
     return cut.rows * cut.threads * wide // columns, columns
 
 
@@ -243,15 +317,16 @@ def _mask(layout: Layout, grid: Grid) -> int:
     return int(covered != (layout.rows, layout.cols))
 
 
-def _sum(partial: Tensor, out: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
+def _sum(partial: Tensor, out: Tensor, shape: SumShape, device: torch.device) -> None:
     from dualop.triton_kernels.tile import sum_kernel
 
     outer, kept, inner, columns = shape
     block_out = min(power_of_two(kept * columns), 32)
-    block_terms = min(power_of_two(outer * inner), 1024 // block_out)
+    most = 4096 if outer * inner > 256 else 1024  # read at once: where terms are many, their latency adds up
+    block_terms = min(power_of_two(outer * inner), most // block_out)
     blocks = {"BLOCK_TERMS": block_terms, "BLOCK_OUT": block_out}
     early = _early(device)
-    sizes = {"COLUMNS": kept == inner == 1, "EARLY": early, **blocks}
+    sizes = {"COLUMNS": kept == 1, "EARLY": early, **blocks}
     with TRITON.on(device):
         arguments, grid = (partial, out, outer, kept, inner, columns), (-(-kept * columns // block_out),)
         compiled = sum_kernel[grid](*arguments, **sizes, **TRITON.options(128, early=early))

@@ -52,7 +52,7 @@ def tune(
     op = dualop.chain(chain)
     names, unavailable = options.backends(backend, op, device)
     works = options.workloads(op, shape, "8x64", dtype, operand, device)
-    chooses = lambda name: registry.BACKENDS[name].heuristic(op, works[0].layout, workloads.FORWARD) is not None
+    chooses = lambda name: registry.BACKENDS[name].heuristic(op, works[0].layout(), workloads.FORWARD) is not None
     if backend == "all":
         output.say_unavailable(out, unavailable)
         names = [name for name in names if chooses(name)]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from dualop.errors import OperandError
+from dualop.launch import sums
 from dualop.launch.grid import Grid
-from dualop.launch.layout import COLUMN, FULL, ROW, SPLIT, WRAP, Layout, View, layout_of
+from dualop.launch.layout import COLUMN, FULL, ROW, Layout, View, layout_of
 
 MULTIPROCESSORS = 132  # of an H100 and of an H200
 
@@ -59,33 +60,37 @@ class Plan:
 
     def offset(self, index: int, divide: str) -> str:
         """Return the code for the place of input `index` at `row` and `column`."""
-        view = self.views[index]
-        row, terms = "row", []
-        if view.kind & WRAP:
-            row = f"row {divide} {view.div} % {view.mod}" if view.div > 1 else f"row % {view.mod}"
-        if view.kind & ROW:
-            stride = self.cols if self.folded else view.row_stride
-            terms.append(f"{row} * {stride}" if stride > 1 else row)
+        view, terms, inner = self.views[index], [], self.layout.rows
+        for place, (size, stride) in enumerate(zip(self.layout.row_sizes, view.row_strides, strict=True)):
+            inner //= size
+            if not stride:
+                continue
+            at = f"row {divide} {inner}" if inner > 1 else "row"
+            at = f"{at} % {size}" if place else at  # a file takes any batch
+            terms.append(f"{at} * {stride}" if stride > 1 else at)
         return " + ".join([*terms, "column"] if view.kind & COLUMN else terms)
 
     def sum_shape(self, index: int) -> str:
         """Return the code for (outer, kept, inner, columns) of an input's partial sums, or None."""
-        view, cols = self.views[index], self.cols
+        view, sizes = self.views[index], self.layout.row_sizes
         if not view.reduced:
             return "None"
+        if view.kind == COLUMN:
+            return f"(down, 1, 1, {self.cols})"
         if view.kind == 0:
             return "(down * across, 1, 1, 1)"
-        if view.kind == COLUMN:
-            return f"(down, 1, 1, {cols})"
-        outer = f"rows // {view.div * view.mod}"
+        # The rows are outer * kept * inner, and only the outermost dimension depends on the batch.
+        at = [place for place, kept in enumerate(view.kept_rows) if kept]
+        inner = math.prod(sizes[at[-1] + 1 :])
+        kept = math.prod(sizes[at[0] : at[-1] + 1]) if at[0] else f"rows // {inner}"
+        outer = f"rows // {math.prod(sizes[at[0] :])}" if at[0] else "1"
         if view.kind & COLUMN:
-            return f"({outer}, {view.mod}, {view.div}, {cols})"
-        return f"({outer}, {view.mod}, {f'{view.div} * ' if view.div > 1 else ''}across, 1)"
+            return f"({outer}, {kept}, {inner}, {self.cols})"
+        return f"({outer}, {kept}, {f'{inner} * ' if inner > 1 else ''}across, 1)"
 
     def sum_sizes(self, layout: Layout, grid: Grid) -> list[tuple[int, int, int, int]]:
         """Return (outer, kept, inner, columns) of all partial sums for the shape that the file is written for."""
-        sizes = (layout.rows, layout.cols, grid.row_programs, grid.col_programs)
-        return [v.sum_shape(*sizes) for v in layout.views if v.reduced]
+        return [sums.sum_shape(layout, i, grid) for i, v in enumerate(layout.views) if v.reduced]
 
 
 def plan(shape: Shape, operands: Mapping[str, Shape], dtypes: Sequence[torch.dtype]) -> Plan:
@@ -98,10 +103,10 @@ def plan(shape: Shape, operands: Mapping[str, Shape], dtypes: Sequence[torch.dty
     # Along a batch of one nothing would be seen to repeat, and the file is to take any batch.
     whole = shape if of_one_batch else (max(shape[0], 2), *shape[1:])
     metas = {t: [torch.empty(s, dtype=t, device="meta") for s in (whole, *shapes)] for t in dtypes}
-    of_dtypes = {t: layout_of(x, rest) for t, (x, *rest) in metas.items()}
+    of_dtypes = {t: layout_of(x, rest, whole=False) for t, (x, *rest) in metas.items()}
     found = Plan(of_dtypes, shape[1:], tuple(operands), tuple(math.prod(s) for s in shapes))
     for (name, given), v in zip(operands.items(), found.views[1:], strict=True):
-        if v.copy is not None or v.kind & SPLIT:
+        if v.expanded:
             raise OperandError(
                 f"{name} has the shape {given} on {shape}; an emitted file takes operands that vary along neighbouring "
                 "dimensions, such as a vector (N,), a channel (C, 1, 1), a row (B, 1), a number () or the full shape"

@@ -22,13 +22,12 @@ def emitted(chain: Chain, plan: Plan) -> str:
     """Return the part of the file that defines `launch_forward` and `launch_backward`."""
     forward, backward = [], []
     for dtype, layout in plan.layouts.items():
-        summing = (triton.BACKWARD if any(v.reduced for v in plan.views) else triton.FORWARD)[dtype]
-        tall = triton.TALL[dtype].fitted(summing, layout, plans.MULTIPROCESSORS)
+        cut = triton.backward_cut(layout, False, plans.MULTIPROCESSORS)
         forward.append(f"{dtype}: dict({_cut(triton.FORWARD[dtype], plan, dtype, BITS[dtype], backward=False)}),")
-        backward.append(f"{dtype}: dict({_cut(tall, plan, dtype, max(BITS[dtype], 11), backward=True)}),")
+        backward.append(f"{dtype}: dict({_cut(cut, plan, dtype, max(BITS[dtype], 11), backward=True)}),")
     library, bits = Library(), {BITS[dtype] for dtype in plan.layouts}
     sums = any(v.reduced for v in plan.views)
-    chains = triton.source(chain, [v.kind for v in plan.views])
+    chains = triton.source(chain, triton.form_of(plan.layout))
     chain_forward, chain_backward, *_ = re.findall(r"^@triton.jit\n.*?(?=^@)", chains, re.MULTILINE | re.DOTALL)
     forward_kernel, backward_kernel = _kernels(plan).split("\n\n\n")
     kernels = [

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import torch
 
-from dualop.launch.layout import COLUMN, FULL, ROW, Layout
+from dualop.launch.layout import COLUMN, EACH, FULL, ROW, SHARED, WIDE, Layout
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ SECTOR, WIDEST = 32, 256  # bytes: the unit of memory reads, and the largest wid
 # Where each multiprocessor has at most one program: the share that must have one, the tiles of a program, and how many
 # inputs of the result's size fit into shared memory.
 FILLED, MOST_TILES, MOST_WHOLE = 0.9, 32, 2
+TURNED = 4  # threads side by side, whose accesses are 64 bytes, as memory is read
 MOST_PROGRAMS = 65535  # the limit of a grid's second and third axis
 
 
@@ -88,6 +89,17 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def by_elements(layout: Layout, also: int = EACH) -> bool:
+    """Return True if an input is read by elements that the rows of a thread share, so that several rows pay."""
+    return any(view.kind == COLUMN and view.access in (EACH, also) for view in layout.views)
+
+
+def side_by_side(cut: Cut, layout: Layout) -> int:
+    """Return how many threads of a program lie side by side: few where an input's neighbours lie below each other."""
+    most = TURNED if layout.turned else cut.across
+    return min(most, cut.across, power_of_two(ceil_div(layout.cols, layout.width)))
+
+
 def forward_grid(layout: Layout, tile_rows: int, tile_cols: int) -> Grid:
     """Return the grid of a forward kernel, with one tile per program."""
     return Grid(tile_rows, tile_cols, _launchable(ceil_div(layout.rows, tile_rows)), ceil_div(layout.cols, tile_cols))
@@ -95,7 +107,7 @@ def forward_grid(layout: Layout, tile_rows: int, tile_cols: int) -> Grid:
 
 def summed(layout: Layout) -> set[int]:
     """Return along what gradients are summed: COLUMN for one sum per column, ROW, or 0 for a single number."""
-    return {v.kind & FULL for v in layout.views if v.reduced and (v.kind & FULL) != FULL}
+    return {v.kind for v in layout.views if v.reduced and not v.kind & SHARED}
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,10 @@ class Tall:
     def fitted(self, cut: Cut, layout: Layout, multiprocessors: int) -> Cut:
         """Return `cut`, or its tall form where that is faster."""
         kinds = summed(layout)
-        if COLUMN not in kinds or ROW in kinds:
+        if COLUMN not in kinds or ROW in kinds or len(layout.col_sizes) > 1:
+            return cut
+        # Few threads wait for loads, which are not pipelined where they are not whole accesses.
+        if any(v.kind & FULL == FULL and v.access != WIDE for v in layout.views):
             return cut
         rows, width = TALL_ROWS, self._of_few_rows(layout, multiprocessors)
         if not width:

@@ -191,7 +191,7 @@ class Subject:
 def subject(backend: str, chain: Chain | Slope, layout: Layout, direction: str) -> Subject:
     """Return the subject of a call with this layout; `direction` is "forward" or "backward"."""
     bucket = f"{power_of_two(layout.rows)}x{power_of_two(layout.cols)}"
-    kinds = ",".join(str(view.kind) for view in layout.views)
+    kinds = ",".join(f"{view.kind}.{view.access}" for view in layout.views)
     return Subject(backend, direction, str(layout.dtype).removeprefix("torch."), bucket, kinds, chain.text)
 
 
