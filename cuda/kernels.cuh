@@ -6,7 +6,7 @@
 namespace dualop {
 
 template <class F, int inputs> struct Arguments {
-    word cols, total;  // total: elements; less than rows * cols where the last row is short
+    word rows, cols, total;  // total: elements; less than rows * cols where the last row is short
     word steps, row_step, col_step;
     void* y;
     const void* gy;

@@ -91,7 +91,8 @@ template <class F, int vec, int rows> struct Place {
 #pragma unroll
         for (int u = 0; u < rows; u++) {
             row[u] = first_row + static_cast<index_t>(threadIdx.y + u * blockDim.y);
-            ok[u] = ok_column && start(u) < total;  // the last row may be short
+            // The last row may be short. Of a row beyond it, 32 bits may not hold where it would start.
+            ok[u] = ok_column && row[u] < static_cast<index_t>(a.rows) && start(u) < total;
             in_rows[u].set(row[u], a.row_sizes);
         }
     }

@@ -91,6 +91,15 @@ def test_a_record_serves_its_own_layout_only(device: torch.device, by_python: li
     assert len(by_python) == calls, "all of them were known"
 
 
+def test_a_record_does_not_serve_data_that_are_less_aligned(device: torch.device) -> None:
+    """Four of bfloat16 are an access of 8 bytes beside float32: aligned at the fourth element, and not at the first."""
+    x, memory = torch.randn(8, 16, device=device), torch.randn(20, device=device).bfloat16()
+    for first in (4, 4, 4, 1):
+        a = memory[first : first + 16]
+        y = OP(x, a, backend="cuda")
+        assert torch.equal(y, OP(x, a.clone(), backend="cuda"))
+
+
 def known(x: Tensor, a: Tensor) -> Any:
     """The Calls of OP on the CUDA backend, which have seen a call with these tensors."""
     OP(x, a, backend="cuda")

@@ -40,7 +40,7 @@ def place(first_row, first_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.cons
 def inside(row, column, rows, cols, total, MASK: tl.constexpr):
     """Which elements there are. MASK: 2 where the last row is short; 0, with no mask, where all are."""
     if MASK == 2:
-        return (column < cols) & (row * cols + column < total)
+        return (row < rows) & (column < cols) & (row * cols + column < total)
     else:
         return (row < rows) & (column < cols)
 

@@ -192,6 +192,7 @@ class LaunchWords(NamedTuple):
     block_x: int
     block_y: int
     stream: int
+    rows: int
     cols: int
     total: int
     steps: int
@@ -233,7 +234,7 @@ class Launch:
         away = on_gpu and torch.cuda.current_device() != device.index
         with torch.cuda.device(device) if away else nullcontext():
             stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-            walk = (layout.cols, layout.total, grid.steps, grid.row_step, grid.col_step)
+            walk = (layout.rows, layout.cols, layout.total, grid.steps, grid.row_step, grid.col_step)
             words: list[Word] = [*LaunchWords(*grid.axes, *self.block, stream, *walk, y, gy)]
             for sizes in (layout.row_sizes, layout.col_sizes):  # by the outermost nothing is divided
                 words += [sizes[0], 0, 0, *(word for size in sizes[1:] for word in divisor(size))]
@@ -299,7 +300,7 @@ class Cuda(GpuBackend):
         self, chain: Chain | Slope, layout: Layout, needs: Needs, cut: Cut | None, tensors: Sequence[Tensor]
     ) -> Launch:
         direction = "forward" if needs is None else "backward"
-        aligned = tuple(t.data_ptr() % min(ACCESS, layout.width * t.itemsize) == 0 for t in tensors)
+        aligned = tuple(t.data_ptr() % ACCESS == 0 for t in tensors)  # as dualop/replay tells calls apart
         return _launch(chain, layout, tuple(t.dtype for t in tensors[1:]), direction, aligned, cut)
 
     def heuristic(self, chain: Chain | Slope, layout: Layout, direction: str) -> Cut:
