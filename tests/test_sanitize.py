@@ -67,7 +67,7 @@ INITCHECK = """\
 ========= COMPUTE-SANITIZER
 call: x with gaps: forward
 ========= Uninitialized __global__ memory read of size 2 bytes
-=========     at forward_kernel+0x130 in /root/.cache/chain.py:33
+=========     at forward_kernel+0x130 in chain.py:33
 =========     by thread (0,0,0) in block (0,0,0)
 =========     Address 0x7f3c7ec000fc
 1 calls were made
